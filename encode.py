@@ -49,7 +49,8 @@ def make_parser(doc):
     """An argparse parser whose complaints are one line, like all others."""
     def error(message):
         raise Stop(f"{message}; see --help")
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = error
     return parser
 
@@ -197,9 +198,16 @@ class LatentDataset(torch.utils.data.Dataset):
         return len(self.labels)
 
     def item(self, i, flip=False):
-        k = int(np.searchsorted(self.ends, i, side="right"))
-        name = "latents_flip" if flip and "latents_flip" in self.shards[k] else "latents"
-        return self.shards[k][name][i - self.ends[k]].float(), int(self.labels[i])  # counted from the shard's end
+        return self.rows([i], [flip])[0].float(), int(self.labels[i])
+
+    def rows(self, indices, flips):
+        """Latents (B, C, H, W) as stored; a cache without mirrored latents gives the plain ones."""
+        rows = []
+        for i, flip in zip(indices, flips):
+            k = int(np.searchsorted(self.ends, i, side="right"))
+            name = "latents_flip" if flip and "latents_flip" in self.shards[k] else "latents"
+            rows.append(self.shards[k][name][i - self.ends[k]])                         # counted from the shard's end
+        return torch.stack(rows)
 
     def __getitem__(self, i):
         return self.item(range(len(self))[i])

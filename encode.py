@@ -7,7 +7,7 @@
 Interrupted? Run the same command again: finished shards are kept, the one in flight is made anew.
 When it is done, look at latents/reconstructions.png: originals, each with its decoded latent at its right.
 """
-import argparse, hashlib, json, os, sys
+import argparse, hashlib, json, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,13 +112,13 @@ def to_uint8(images):
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 def save_grid(path, images, columns, gap=0):
-    """Writes uint8 images (N, 3, H, W) as one PNG, row by row, `gap` white pixels after each."""
+    """Writes uint8 images (N, 3, H, W) as one PNG, row by row, `gap` white pixels apart."""
     n, _, h, w = images.shape
     tiles = torch.full((-(-n // columns) * columns, 3, h + gap, w + gap), 255, dtype=torch.uint8)
     tiles[:n, :, :h, :w] = images
     sheet = tiles.view(-1, columns, *tiles.shape[1:]).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     with atomic(path) as tmp:
-        Image.fromarray(sheet.numpy()).save(tmp, "PNG")
+        Image.fromarray(sheet[:len(sheet) - gap, :sheet.shape[1] - gap].numpy()).save(tmp, "PNG")
 
 # ---------------------------------------------------------------- the VAE
 def load_vae(name=VAE, device="cpu"):
@@ -160,10 +160,11 @@ def decode(vae, latents):
 
 # ---------------------------------------------------------------- the cache
 def open_shard(path):
-    """-> header (dict of str), tensors by name, mapped from disk rather than read. Stop if damaged."""
+    """-> header (dict), tensors by name, mapped from disk rather than read. Stop if damaged."""
     try:
         with safe_open(path, "pt") as file:
-            header, shard = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+            shard = {key: file.get_tensor(key) for key in file.keys()}
+            header = json.loads((file.metadata() or {}).get("encode", "{}"))
         n, _, _, _ = shard["latents"].shape
         if shard["labels"].shape != (n,) or shard.get("latents_flip", shard["latents"]).shape != shard["latents"].shape:
             raise ValueError("tensors of different lengths")
@@ -180,7 +181,7 @@ class LatentDataset(torch.utils.data.Dataset):
         if not files:
             raise Stop(f"{folder}: holds no latents_*.safetensors; make them: python encode.py IMAGES --out {folder}")
         headers, self.shards = zip(*map(open_shard, files))
-        meta, want = Path(folder, "meta.json"), int(headers[0].get("shards", 0))
+        meta, want = Path(folder, "meta.json"), headers[0].get("shards")
         if want and (len(files) != want or not meta.exists()):
             raise Stop(f"{folder}: {len(files)} of {want} shards; finish it with the same encode.py command")
         shapes = {shard["latents"].shape[1:] for shard in self.shards}
@@ -188,11 +189,11 @@ class LatentDataset(torch.utils.data.Dataset):
             raise Stop(f"{folder}: mixes latents of several kinds; keep one cache in a folder")
         self.shape = tuple(shapes.pop())              # (C, H, W)
         self.labels = torch.cat([shard["labels"] for shard in self.shards]).long()
-        if not len(self.labels) or self.labels.min() < 0:
-            raise Stop(f"{folder}: no latents, or negative labels")
         self.ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.meta = json.loads(meta.read_text()) if meta.exists() else {}
-        self.num_classes = max(len(self.meta.get("classes", ())), int(self.labels.max()) + 1)
+        self.num_classes = len(self.meta["classes"]) if self.meta else int(self.labels.max()) + 1 if len(self.labels) else 0
+        if not len(self.labels) or self.labels.min() < 0 or self.labels.max() >= self.num_classes:
+            raise Stop(f"{folder}: no latents, or labels outside its {self.num_classes} classes")
 
     def __len__(self):
         return len(self.labels)
@@ -262,7 +263,7 @@ def main():
     # What the shards of one cache have in common; each header says it. Any decoder may be used later.
     weights = b"".join(v.cpu().numpy().tobytes() for k, v in vae.state_dict().items() if "decoder" not in k and "post" not in k)
     parts = [range(k, min(k + args.shard, len(names))) for k in range(0, len(names), args.shard)]
-    common = {"size": str(args.size), "encoder": hashlib.sha256(weights).hexdigest()[:16], "shards": str(len(parts)),
+    common = {"size": args.size, "encoder": hashlib.sha256(weights).hexdigest()[:16], "shards": len(parts),
               "files": hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()[:16]}
 
     def finished():
@@ -273,16 +274,16 @@ def main():
             for key in common:
                 if header.get(key) != common[key]:
                     raise Stop(f"{path}: made with another {key} ({header.get(key)}, now {common[key]}); use another --out")
-            headers[int(header["shard"])] = header
+            headers[header["shard"]] = header
         return headers
 
     def write(k, latents, kept, skipped):
         """Shard k under its final name; called in a thread, while the GPU is at the next shard."""
         both = torch.cat(latents, 1)                  # (2, N, 128, h, w): as it is, mirrored
         tensors = {"latents": both[0], "latents_flip": both[1], "labels": torch.tensor([labels[i] for i in kept]).int()}
-        header = common | {"vae": args.vae, "shard": str(k), "skipped": json.dumps(skipped)}
+        header = common | {"vae": args.vae, "shard": k, "skipped": skipped}
         with atomic(args.out / f"latents_{k:05d}.safetensors") as tmp:
-            tmp.write_bytes(safetensors_bytes({k: v.contiguous() for k, v in tensors.items()}, header))
+            tmp.write_bytes(safetensors_bytes({k: v.contiguous() for k, v in tensors.items()}, {"encode": json.dumps(header)}))
 
     done = finished()
     todo = [k for k in range(rank, len(parts), world) if k not in done]
@@ -307,11 +308,14 @@ def main():
             writing = writer.submit(write, k, latents, kept, skipped)
         writing.result()
 
+    if rank:
+        return                                        # the first process completes the cache
+    while len(list(args.out.glob("latents_*.safetensors"))) < len(parts):
+        time.sleep(1)                                 # for the others
     done = finished()
-    if len(done) < len(parts):
-        return print(f"rank {rank} of {world} is done; {len(parts) - len(done)} shards are with the others")
-    skipped = sum((json.loads(done[k]["skipped"]) for k in sorted(done)), [])
-    names = sorted(set(names) - {name for name, _ in skipped}, key=names.index)
+    skipped = sum((done[k]["skipped"] for k in sorted(done)), [])
+    unreadable = {name for name, _ in skipped}
+    names = [name for name in names if name not in unreadable]
     with atomic(args.out / "meta.json") as tmp:
         tmp.write_text(json.dumps({"vae": args.vae, "size": args.size, "images": len(names), "classes": classes,
                                    "skipped": skipped}, indent=1))

@@ -471,7 +471,7 @@ def forward_flops(net):
 
 def train(cfg):
     """Trains cfg.target on cfg.data, or continues the run in cfg.out. Returns the run folder."""
-    device, data, cfg = pick_device(cfg.device), LatentDataset(cfg.data), resolve(cfg)
+    device, cfg, data = pick_device(cfg.device), resolve(cfg), LatentDataset(cfg.data)
     cfg = replace(cfg, vae=cfg.vae or data.meta.get("vae", VAE))
     out, path, micros = Path(cfg.out), Path(cfg.out, "ckpt.pt"), cfg.batch // cfg.micro_batch
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -1,0 +1,685 @@
+"""What must hold of JLT, checked from first principles: exact values by hand or in float64, properties, and the
+command lines as a user types them. CPU, offline, under 3 minutes on 2 cores:  pytest"""
+import json, math, os, pickle, signal, subprocess, sys, time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import encode
+import jlt
+
+HERE = Path(__file__).parent
+TINY = "--depth 2 --hidden-size 32 --batch 8 --micro-batch 4 --device cpu".split()
+
+# ---------------------------------------------------------------- helpers
+def command(script, *args, processes=1, **kwargs):
+    """A command line in a process of its own; torchrun where `processes` says so."""
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
+              str(20000 + os.getpid() % 10000)] if processes > 1 else []
+    return [sys.executable, *launch, str(HERE / script), *map(str, args)], dict(
+        env=dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **kwargs)
+
+def call(script, *args, **kwargs):
+    line, options = command(script, *args, **kwargs)
+    return subprocess.run(line, **options)
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """The same command line inside this process: cli(module, *arguments) -> status, stdout, stderr."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def run(module, *args):
+        handlers = [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
+        status = 0
+        try:
+            encode.run(module.main)
+        except SystemExit as e:
+            status = e.code
+        for s, handler in handlers:
+            signal.signal(s, handler)
+        out, err = capsys.readouterr()
+        return status, out, err
+    return run
+
+def refused(result, *words, status=2):
+    """One line, naming the program and all of `words`; no traceback."""
+    code, out, err = result if isinstance(result, tuple) else (result.returncode, result.stdout, result.stderr)
+    lines = [line for line in err.splitlines() if line.startswith(("jlt.py:", "encode.py:", "fid.py:"))]
+    assert code == status and len(lines) == 1 and "Traceback" not in err, (code, err)
+    assert all(str(word) in lines[0] for word in words), lines[0]
+
+def randomized(net, seed=0):
+    """Every parameter random, so that no zero hides a path. -> net"""
+    g = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=g) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 2)
+    return net
+
+def small(**kwargs):
+    return jlt.JLT(**(dict(input_size=4, in_channels=8, hidden_size=32, depth=2, num_heads=2, num_classes=3) | kwargs))
+
+def write_cache(folder, n=24, shape=(8, 4, 4), classes=3, **changes):
+    g = torch.Generator().manual_seed(1)
+    tensors = {"latents": torch.randn(n, *shape, generator=g).half(), "latents_flip": torch.randn(n, *shape, generator=g).half(),
+               "labels": (torch.arange(n) % classes).int()} | changes
+    folder.mkdir(exist_ok=True, parents=True)
+    save_file(tensors, folder / "latents_00000.safetensors")
+    return folder
+
+def weights_of(run, part="model"):
+    return torch.load(Path(run, "ckpt.pt"), weights_only=True)[part]
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """A small FLUX.2 autoencoder with random weights and BatchNorm statistics."""
+    from diffusers import AutoencoderKLFlux2
+    torch.manual_seed(0)
+    model = AutoencoderKLFlux2(block_out_channels=(32, 32, 32, 32))
+    model.bn.running_mean.normal_(0, 0.1)
+    model.bn.running_var.uniform_(0.05, 0.15)
+    folder = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(folder)
+    return folder
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Class folders with every kind of picture, and some that are none."""
+    root, g = tmp_path_factory.mktemp("photos"), np.random.RandomState(0)
+    for name in ("b_cats", "a_dogs", "c_empty", "d_odd"):
+        (root / name).mkdir()
+    for i in range(6):
+        Image.fromarray(g.randint(0, 256, (40 + 9 * i, 70, 3), dtype=np.uint8)).save(root / "b_cats" / f"{i}.JPEG")
+        Image.fromarray(g.randint(0, 256, (33, 35 + 20 * i, 3), dtype=np.uint8)).save(root / "a_dogs" / f"{i}.png")
+    rgb, odd = Image.fromarray(g.randint(0, 256, (50, 50, 3), dtype=np.uint8)), root / "d_odd"
+    rgb.convert("L").save(odd / "gray.png")
+    rgb.convert("CMYK").save(odd / "cmyk.jpg")
+    rgb.convert("P").save(odd / "palette.gif")
+    rgb.convert("RGBA").save(odd / "alpha.png")
+    Image.fromarray(g.randint(0, 65536, (50, 60), dtype=np.uint16)).save(odd / "deep.png")
+    rgb.resize((3, 5)).save(odd / "tiny.png")
+    (odd / "UPPER.JPG").write_bytes((root / "b_cats" / "0.JPEG").read_bytes())
+    (odd / "cut.jpg").write_bytes((root / "b_cats" / "0.JPEG").read_bytes()[:900])
+    (odd / "empty.png").write_bytes(b"")
+    (odd / "new\nline.png").write_bytes(b"no picture")
+    (odd / "notes.txt").write_text("not a picture by its name")
+    return root
+
+# ---------------------------------------------------------------- model
+def test_size_and_cost_of_the_published_models():
+    with torch.device("meta"):
+        b1, b2 = jlt.JLT(), jlt.JLT(patch_size=2)
+    assert sum(p.numel() for p in b1.parameters()) == 130_508_672
+    assert jlt.forward_flops(b1) == pytest.approx(46.09e9, rel=1e-3)
+    assert jlt.forward_flops(b2) == pytest.approx(11.21e9, rel=1e-3)
+
+def test_state_dict_has_the_names_of_the_release():
+    with torch.device("meta"):
+        keys = set(jlt.JLT(depth=1).state_dict())
+    assert keys == {f"{stem}.{kind}" for kind in ("weight", "bias") for stem in (
+        "x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.w12",
+        "blocks.0.mlp.w3", "blocks.0.adaLN_modulation.1", "final_layer.linear", "final_layer.adaLN_modulation.1")} | {
+        f"{stem}.weight" for stem in ("y_embedder.embedding_table", "blocks.0.norm1", "blocks.0.norm2", "blocks.0.attn.q_norm",
+                                      "blocks.0.attn.k_norm", "final_layer.norm_final")}
+
+def test_initialization():
+    torch.manual_seed(0)
+    net = small(hidden_size=128, in_channels=16).requires_grad_(False)
+    z = torch.randn(2, 16, 4, 4)
+    assert net(z, torch.tensor([0.3, 0.9]), torch.tensor([0, 3])).abs().max() == 0
+    bound = lambda fan_in, fan_out: math.sqrt(6 / (fan_in + fan_out))
+    assert net.x_embedder.proj.weight.abs().max() == pytest.approx(bound(16, 128), rel=0.02)
+    assert net.blocks[0].attn.qkv.weight.abs().max() == pytest.approx(bound(128, 384), rel=0.02)
+    assert net.t_embedder.mlp[2].weight.std() == pytest.approx(0.02, rel=0.05)
+    assert net.y_embedder["embedding_table"].weight.std() == pytest.approx(0.02, rel=0.15)
+    assert all(p.abs().max() == 0 for k, p in net.named_parameters() if k.endswith("bias"))
+    assert all(p.abs().max() == 0 for k, p in net.named_parameters() if "adaLN" in k or "final_layer.linear" in k)
+
+def reference_forward(w, z, t, y, heads, patch):
+    """DESIGN section 2 once more, in float64 numpy with loops over heads and tokens where that is plainest."""
+    w = {k: v.double().numpy() for k, v in w.items()}
+    linear = lambda h, name: h @ w[name + ".weight"].reshape(len(w[name + ".bias"]), -1).T + w[name + ".bias"]
+    silu = lambda h: h / (1 + np.exp(-h))
+    rms = lambda h, name: h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-6) * w[name + ".weight"]
+    c, side = z.shape[0], z.shape[1] // patch
+    places = [(i, j) for i in range(side) for j in range(side)]
+    x = linear(np.stack([z[:, i * patch:(i + 1) * patch, j * patch:(j + 1) * patch].ravel() for i, j in places]), "x_embedder.proj")
+    angles = t * np.exp(-np.log(10000) * np.arange(128) / 128)
+    cond = linear(silu(linear(np.r_[np.cos(angles), np.sin(angles)], "t_embedder.mlp.0")), "t_embedder.mlp.2")
+    cond = silu(cond + w["y_embedder.embedding_table.weight"][y])
+    width = x.shape[1]
+    d = width // heads
+    def turned(u):                                    # (tokens, d): first half of the channels by row, second by column
+        out = np.empty_like(u)
+        for n, place in enumerate(places):
+            for half in (0, 1):
+                for k in range(d // 4):
+                    a = place[half] * 10000 ** (-2 * k / (d / 2))
+                    p, q = half * d // 2 + 2 * k, half * d // 2 + 2 * k + 1
+                    out[n, p] = u[n, p] * np.cos(a) - u[n, q] * np.sin(a)
+                    out[n, q] = u[n, q] * np.cos(a) + u[n, p] * np.sin(a)
+        return out
+    for b in range(len({k.split(".")[1] for k in w if k.startswith("blocks.")})):
+        block = f"blocks.{b}."
+        m = linear(cond, block + "adaLN_modulation.1")
+        shift1, scale1, gate1, shift2, scale2, gate2 = (m[k * width:(k + 1) * width] for k in range(6))
+        qkv = linear(rms(x, block + "norm1") * (1 + scale1) + shift1, block + "attn.qkv")
+        heads_out = []
+        for h in range(heads):
+            q, k, v = (qkv[:, s * width + h * d:s * width + (h + 1) * d] for s in range(3))
+            q, k = turned(rms(q, block + "attn.q_norm")), turned(rms(k, block + "attn.k_norm"))
+            a = np.exp(q @ k.T / np.sqrt(d))
+            heads_out.append(a / a.sum(1, keepdims=True) @ v)
+        x = x + gate1 * linear(np.concatenate(heads_out, 1), block + "attn.proj")
+        m = linear(rms(x, block + "norm2") * (1 + scale2) + shift2, block + "mlp.w12")
+        x = x + gate2 * linear(silu(m[:, :m.shape[1] // 2]) * m[:, m.shape[1] // 2:], block + "mlp.w3")
+    m = linear(cond, "final_layer.adaLN_modulation.1")
+    x = linear(rms(x, "final_layer.norm_final") * (1 + m[width:]) + m[:width], "final_layer.linear")
+    out = np.empty_like(z)
+    for n, (i, j) in enumerate(places):               # a token's output is (row, column, channel)
+        out[:, i * patch:(i + 1) * patch, j * patch:(j + 1) * patch] = x[n].reshape(patch, patch, c).transpose(2, 0, 1)
+    return out
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_forward_equals_an_independent_float64_one(patch):
+    net = randomized(small(patch_size=patch, num_heads=2))
+    z, t, y = torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(3)), torch.tensor([0.0, 0.37, 1.0]), torch.tensor([0, 3, 2])
+    out = net(z, t, y)
+    for i in range(3):
+        expected = reference_forward(net.state_dict(), z[i].double().numpy(), t[i].double().item(), int(y[i]), 2, patch)
+        assert np.abs(out[i].detach().numpy() - expected).max() < 2e-5 * np.abs(expected).max()
+
+def test_tokens_mix():
+    net = randomized(small())
+    z, t, y = torch.randn(1, 8, 4, 4), torch.tensor([0.5]), torch.tensor([1])
+    moved = z.clone()
+    moved[0, :, 1, 2] += 1
+    change = (net(z, t, y) - net(moved, t, y)).abs().amax(1)[0]
+    assert (change > 1e-6).all()
+
+def test_rope_depends_on_relative_position_only():
+    cos, sin = jlt.rope_tables(5, 16)
+    q, k = torch.randn(2, 16, dtype=torch.float64)
+    at = lambda u, i, j: jlt.rotate(u, cos[5 * i + j].double(), sin[5 * i + j].double())
+    logit = lambda a, b: at(q, *a) @ at(k, *b)
+    assert logit((0, 1), (2, 2)) == pytest.approx(float(logit((2, 3), (4, 4))), abs=1e-5)
+    assert abs(logit((0, 1), (2, 2)) - logit((0, 1), (2, 3))) > 1e-3
+    assert abs(logit((0, 1), (2, 2)) - logit((0, 1), (3, 2))) > 1e-3
+    assert torch.equal(at(q, 0, 0), q)
+
+def test_bottleneck_and_refused_shapes():
+    net = small(bottleneck=4)
+    assert net.x_embedder.proj1.weight.shape == (4, 8, 1, 1) and net.x_embedder.proj1.bias is None
+    assert net(torch.randn(1, 8, 4, 4), torch.ones(1), torch.zeros(1).long()).shape == (1, 8, 4, 4)
+    for wrong in ({"patch_size": 3}, {"num_heads": 3}, {"hidden_size": 12, "num_heads": 2}):
+        with pytest.raises(encode.Stop):
+            small(**wrong)
+
+def test_named_models_and_derived_settings():
+    for name, (depth, width, heads, patch) in {"B/1": (12, 768, 12, 1), "L/2": (24, 1024, 16, 2), "XL/1": (28, 1152, 16, 1)}.items():
+        cfg = jlt.resolve(jlt.Config(model=name))
+        assert (cfg.depth, cfg.hidden_size, cfg.num_heads, cfg.patch_size) == (depth, width, heads, patch)
+    assert cfg.lr == pytest.approx(2e-4) and cfg.micro_batch == 256 and cfg.out == "runs/XL-1-x"
+    for width, heads in ((64, 1), (96, 1), (128, 2), (192, 3), (200, 2), (256, 4)):
+        assert jlt.resolve(jlt.Config(hidden_size=width)).num_heads == heads
+    assert jlt.resolve(jlt.Config(batch=600)).micro_batch == 200
+
+# ---------------------------------------------------------------- loss
+def test_loss_identities_in_float64():
+    g = torch.Generator().manual_seed(0)
+    x, eps, out = torch.randn(3, 6, 2, 4, 4, generator=g, dtype=torch.float64)
+    t = torch.tensor([0.0, 0.02, 0.3, 0.7, 0.97, 1.0], dtype=torch.float64)
+    loss = lambda target: jlt.flow_loss(lambda z, t, y: out, x, None, t, eps, target, per_image=True)
+    mean = lambda a: a.square().mean((1, 2, 3))
+    torch.testing.assert_close(loss("x"), mean(out - x) / (1 - t).clamp(min=0.05) ** 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss("eps"), mean(out - eps) / t.clamp(min=0.05) ** 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss("v"), mean(out - (x - eps)), rtol=1e-12, atol=0)
+    assert jlt.flow_loss(lambda z, t, y: out, x, None, t, eps, "x") == pytest.approx(loss("x").mean().item(), rel=1e-12)
+
+def test_the_network_sees_the_path_and_perfect_outputs_read_as_the_velocity():
+    g = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(2, 3, 2, 4, 4, generator=g, dtype=torch.float64)
+    t, seen = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), []
+    jlt.flow_loss(lambda *a: seen.extend(a) or x, x, torch.tensor([1, 2, 0]), t, eps)
+    z = seen[0]
+    torch.testing.assert_close(z[2], 0.9 * x[2] + 0.1 * eps[2])
+    assert seen[1] is t and seen[2].tolist() == [1, 2, 0]
+    for target, out in {"x": x, "eps": eps, "v": x - eps}.items():
+        torch.testing.assert_close(jlt.velocity(out, z, t, target), x - eps)
+        assert jlt.flow_loss(lambda z, t, y: out, x, None, t, eps, target) == 0
+    with pytest.raises(ValueError):
+        jlt.velocity(x, z, t, "flow")
+
+# ---------------------------------------------------------------- sampler
+LAM = torch.tensor([0.01, 0.25, 1.0, 4.0], dtype=torch.float64).view(1, 4, 1, 1)
+
+def gaussian_net(target):
+    """The exact E[target | z] for x ~ N(0, LAM), for which the ODE carries noise to sqrt(LAM) * noise."""
+    def net(z, t, y):
+        t = t.view(-1, 1, 1, 1)
+        d = t ** 2 * LAM + (1 - t) ** 2
+        return {"x": t * LAM * z, "eps": (1 - t) * z, "v": (t * LAM - (1 - t)) * z}[target] / d
+    return net
+
+@pytest.mark.parametrize("method, order", [("heun", 2), ("euler", 1)])
+def test_convergence_order_on_a_known_field(method, order):
+    noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    error = [(jlt.sample(gaussian_net("v"), torch.zeros(2).long(), noise, "v", n, 1.0, method=method) - LAM.sqrt() * noise).abs().max()
+             for n in (100, 200)]
+    assert math.log2(error[0] / error[1]) == pytest.approx(order, abs=0.2)
+
+def test_all_targets_sample_alike_from_perfect_predictions():
+    noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = [jlt.sample(gaussian_net(target), torch.zeros(2).long(), noise, target, 40, 1.0, t_eps=1e-9) for target in ("x", "eps", "v")]
+    torch.testing.assert_close(z[0], z[2])
+    torch.testing.assert_close(z[1][:, 1:], z[2][:, 1:], rtol=0, atol=0.15)          # eps says nothing at t = 0
+
+class Probe:
+    """A network that writes down every call: (time, rows, labels)."""
+    num_classes = 7
+    def __init__(self):
+        self.calls = []
+    def __call__(self, z, t, y):
+        assert (t == t[0]).all() and len(z) == len(t) == len(y)
+        self.calls.append((t[0].item(), len(z), y.tolist()))
+        return torch.where((y == 7).view(-1, 1, 1, 1), 1.0, 3.0).expand_as(z)
+
+def probe(steps=50, cfg=2.9, interval=(0.1, 1.0), method="heun"):
+    net = Probe()
+    z = jlt.sample(net, torch.tensor([5, 2]), torch.zeros(2, 1, 1, 1), "v", steps, cfg, interval, method)
+    return net.calls, z
+
+def test_heun_ends_with_euler_and_guidance_costs_187_of_198_calls():
+    calls, _ = probe()
+    assert len(calls) == 99 and sum(rows for _, rows, _ in calls) // 2 == 187
+    times = [t for t, _, _ in calls]
+    assert times == pytest.approx([k / 50 for i in range(49) for k in (i, i + 1)] + [49 / 50], abs=1e-6)
+    assert {tuple(y) for _, rows, y in calls if rows == 4} == {(5, 2, 7, 7)}
+    assert sum(rows for _, rows, _ in probe(cfg=1.0)[0]) == 2 * 99
+
+@pytest.mark.parametrize("steps", [10, 20, 30, 50, 100, 250])
+def test_the_interval_is_open_and_tested_at_each_evaluation(steps):
+    low, high = steps // 10, steps * 3 // 5
+    on = {round(t * steps) for t, rows, _ in probe(steps, interval=(low / steps, high / steps))[0] if rows == 4}
+    assert on == set(range(low + 1, high))
+    on = {round(t * steps) for t, rows, _ in probe(steps, interval=(0.0, high / steps))[0] if rows == 4}
+    assert on == set(range(0, high))
+
+def test_guided_velocity():
+    assert probe(1, 2.5, (0.0, 1.0))[1].flatten().tolist() == [1 + 2.5 * (3 - 1)] * 2          # v_u + w (v_c - v_u)
+    assert probe(2, 2.5, (0.5, 1.0), "euler")[1].flatten().tolist() == [3.0, 3.0]              # never above 0.5: v_c
+
+def test_noise_of_an_image_depends_on_seed_and_number_only(monkeypatch):
+    monkeypatch.setattr(jlt, "sample", lambda net, y, noise, *a, **k: noise)
+    monkeypatch.setattr(jlt, "decode", lambda vae, z: z[:, :3] / 4)
+    net, cpu = small(), torch.device("cpu")
+    images = lambda n, first, seed=0: jlt.generate(net, None, torch.zeros(n).long(), first, jlt.Config(seed=seed), cpu)
+    assert torch.equal(images(6, 0)[4:], images(2, 4)) and not torch.equal(images(1, 0), images(1, 1))
+    assert not torch.equal(images(1, 0), images(1, 0, seed=1))
+
+# ---------------------------------------------------------------- data order and noise
+def test_every_epoch_shows_every_image_once_and_half_are_mirrored(tmp_path):
+    n, cfg = 24, jlt.Config(batch=16, micro_batch=4)
+    data = encode.LatentDataset(write_cache(tmp_path, n))
+    jobs = [(s, m) for s in range(30) for m in range(4)]
+    rows = [x for x, _ in jlt.batches(data, cfg, iter(jobs), torch.device("cpu"))]
+    keys = {tuple(data.item(i, f)[0].flatten()[:4].tolist()): (i, f) for i in range(n) for f in (False, True)}
+    seen = [keys[tuple(x.flatten()[:4].tolist())] for x in torch.cat(rows)]
+    order = [i for i, _ in seen]
+    assert all(sorted(order[e:e + n]) == list(range(n)) for e in range(0, 480, n)) and order[:n] != order[n:2 * n]
+    assert 190 < sum(f for _, f in seen) < 290
+    again = next(jlt.batches(data, cfg, iter(jobs[17:]), torch.device("cpu")))[0]                # no history needed
+    assert torch.equal(again, rows[17])
+
+def test_draws_follow_the_paper_and_are_the_same_for_every_target():
+    x, y = torch.zeros(40_000, 1, 1, 1), torch.zeros(40_000).long()
+    t, eps, dropped = jlt.draws(jlt.Config(target="x"), 3, 1, x, y, 9)
+    logit = torch.log(t / (1 - t))
+    assert logit.mean() == pytest.approx(-0.8, abs=0.02) and logit.std() == pytest.approx(0.8, abs=0.02)
+    assert eps.mean() == pytest.approx(0, abs=0.02) and eps.std() == pytest.approx(1, abs=0.02)
+    assert (dropped == 9).float().mean() == pytest.approx(0.1, abs=0.01) and set(dropped.tolist()) == {0, 9}
+    assert all(torch.equal(a, b) for a, b in zip((t, eps, dropped), jlt.draws(jlt.Config(target="v"), 3, 1, x, y, 9)))
+    for other in (jlt.draws(jlt.Config(), 4, 1, x, y, 9), jlt.draws(jlt.Config(), 3, 2, x, y, 9), jlt.draws(jlt.Config(seed=1), 3, 1, x, y, 9)):
+        assert not torch.equal(other[1], eps)
+
+# ---------------------------------------------------------------- training
+def test_first_step_is_exactly_adamw_with_warmup_clipping_and_ema(cli, tmp_path):
+    cache = write_cache(tmp_path / "cache")
+    run = [jlt, *TINY, "--data", cache, "--out", tmp_path / "run", "--lr", 1e-3, "--ema", 0.75, "--warmup-epochs", 3, "--log-every", 1]
+    assert cli(*run, "--steps", 1)[0] == 0
+    torch.manual_seed(0)
+    net = small(num_heads=1)
+    start, data, cfg = dict(net.named_parameters()), encode.LatentDataset(cache), jlt.Config(batch=8, micro_batch=4)
+    before = {k: p.detach().clone() for k, p in start.items()}
+    for m, (x, y) in enumerate(jlt.batches(data, cfg, iter([(0, 0), (0, 1)]), torch.device("cpu"))):
+        t, eps, y = jlt.draws(cfg, 0, m, x, y, 3)
+        (jlt.flow_loss(net, x, y, t, eps) / 2).backward()
+    norm = torch.stack([p.grad.norm() for p in start.values()]).norm()
+    lr = 1e-3 / 9                                     # 3 epochs of 24 images in batches of 8 are 9 steps of warm-up
+    after, ema = weights_of(tmp_path / "run"), weights_of(tmp_path / "run", "ema")
+    for k, p in start.items():
+        g = p.grad / max(1, norm)
+        expected = before[k] - lr * g / (g.abs() + 1e-8)                  # Adam's first step, no weight decay
+        torch.testing.assert_close(after[k], expected, rtol=0, atol=2e-7)
+        torch.testing.assert_close(ema[k], 0.75 * before[k] + 0.25 * after[k], rtol=0, atol=1e-7)
+    assert cli(*run, "--steps", 12)[0] == 0
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(1, 13))
+    assert [row["lr"] for row in log] == pytest.approx([1e-3 * min(1, s / 9) for s in range(1, 13)])
+    assert log[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert log[0]["loss"] == pytest.approx(sum(v or 0 for v in log[0]["loss_by_t"]), rel=9)     # bins are there
+
+def test_both_targets_start_from_the_same_weights(cli, tmp_path):
+    cache = write_cache(tmp_path / "cache")
+    for target in ("x", "v"):
+        assert cli(jlt, *TINY, "--data", cache, "--target", target, "--out", tmp_path / target, "--steps", 1, "--lr", 1e-30)[0] == 0
+    x, v = weights_of(tmp_path / "x"), weights_of(tmp_path / "v")
+    assert all(torch.allclose(x[k], v[k], rtol=0, atol=1e-20) for k in x)
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Twenty uninterrupted steps, on one process."""
+    base = tmp_path_factory.mktemp("trained")
+    args = [*TINY, "--data", write_cache(base / "cache"), "--lr", 1e-3, "--steps", 20, "--save-every", 10, "--ema", 0.9, "--log-every", 5]
+    assert call("jlt.py", *args, "--out", base / "whole").returncode == 0
+    return base, args
+
+def test_killed_and_continued_is_bitwise_the_same(trained):
+    base, args = trained
+    line, options = command("jlt.py", *args[:-1], 1, "--out", base / "cut")
+    process = subprocess.Popen(line, **options)
+    for row in process.stdout:                        # log_every 1: it is killed between two checkpoints
+        if row.startswith("step 13"):
+            break
+    process.kill()
+    process.communicate()
+    assert torch.load(base / "cut/ckpt.pt", weights_only=True)["step"] == 10
+    (base / "cut/.tmp.ckpt.pt").write_bytes(b"half a checkpoint")
+    result = call("jlt.py", *args[:-1], 1, "--out", base / "cut")
+    assert result.returncode == 0 and "continuing at step 10" in result.stdout
+    for part in ("model", "ema"):
+        assert same(weights_of(base / "whole", part), weights_of(base / "cut", part))
+    steps = [json.loads(row)["step"] for row in (base / "cut/log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 21)) and not list((base / "cut").glob(".tmp*"))
+
+def test_two_processes_train_the_same_weights_and_sigterm_saves(trained):
+    base, args = trained
+    line, options = command("jlt.py", *args, "--steps", 4000, "--out", base / "pair", processes=2)
+    process = subprocess.Popen(line, **options)
+    for row in process.stdout:
+        if row.startswith("step 10/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=60)
+    step = torch.load(base / "pair/ckpt.pt", weights_only=True)["step"]
+    assert step >= 10 and process.returncode != 0 and f"saved at step {step}" in err
+    if step < 20:                                     # on to 20 with one process, where two had stopped
+        assert call("jlt.py", *args, "--out", base / "pair").returncode == 0
+    else:
+        assert call("jlt.py", *args, "--out", base / "pair", processes=2).returncode == 0 if step == 20 else True
+    if step <= 20:
+        a, b = weights_of(base / "whole"), weights_of(base / "pair")
+        assert all(torch.allclose(a[k], b[k], rtol=0, atol=2e-5) for k in a)
+
+def test_what_is_not_finite_stops_the_run_and_keeps_the_checkpoint(cli, tmp_path):
+    cache = write_cache(tmp_path / "cache")
+    run = [jlt, *TINY, "--data", cache, "--out", tmp_path / "run", "--lr", 1e-3, "--log-every", 4]
+    assert cli(*run, "--steps", 4)[0] == 0
+    good = (tmp_path / "run/ckpt.pt").read_bytes()
+    bad = load_file(cache / "latents_00000.safetensors")
+    bad["latents"][:] = float("nan")
+    save_file(bad, cache / "latents_00000.safetensors")
+    refused(cli(*run, "--steps", 12), "not finite", "step", "ckpt.pt", status=1)
+    assert (tmp_path / "run/ckpt.pt").read_bytes() == good
+
+def test_a_run_is_never_continued_with_other_settings_or_overwritten(cli, tmp_path):
+    cache, out = write_cache(tmp_path / "cache"), tmp_path / "run"
+    run = [jlt, *TINY, "--data", cache, "--out", out, "--steps", 2]
+    assert cli(*run)[0] == 0
+    good = (out / "ckpt.pt").read_bytes()
+    refused(cli(*run, "--lr", 0.5), "lr", "0.5", "--out")
+    refused(cli(*run, "--target", "v"), "target x (now v)")
+    refused(cli(*run, "--data", write_cache(tmp_path / "other", n=30)), "data", "30 latents")
+    assert (out / "ckpt.pt").read_bytes() == good
+    assert cli(*run, "--steps", 3, "--log-every", 1, "--save-every", 1, "--cfg", 1.5)[0] == 0
+    for damage in (good[:-700], good[:100], b"", b"just text", pickle.dumps({"a": 1})):
+        (out / "ckpt.pt").write_bytes(damage)
+        refused(cli(*run), "ckpt.pt")
+        assert (out / "ckpt.pt").read_bytes() == damage
+
+def test_other_caches_are_read_or_refused(cli, tmp_path):
+    plain = write_cache(tmp_path / "plain")
+    (tensors := load_file(plain / "latents_00000.safetensors")).pop("latents_flip")
+    save_file(tensors, plain / "latents_00000.safetensors")               # without mirrored latents
+    data = encode.LatentDataset(plain)
+    assert len(data) == 24 and data.num_classes == 3 and data[0][0].shape == (8, 4, 4) and data[-1][1] == 2
+    assert torch.equal(data.item(5, True)[0], data.item(5)[0]) and data[5][0].dtype == torch.float32
+    run = [jlt, *TINY, "--out", tmp_path / "run", "--steps", 1]
+    bad = lambda name, **changes: write_cache(tmp_path / name, **changes)
+    refused(cli(*run, "--data", bad("neg", labels=torch.full((24,), -1).int())), "labels outside")
+    refused(cli(*run, "--data", bad("few", labels=torch.zeros(5).int())), "few", "encode", status=1)
+    refused(cli(*run, "--data", bad("flat", latents=torch.zeros(24, 8))), "flat", status=1)
+    cut = bad("cut") / "latents_00000.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-10])
+    refused(cli(*run, "--data", tmp_path / "cut"), "latents_00000", status=1)
+    save_file(load_file(bad("mixed") / "latents_00000.safetensors"), tmp_path / "mixed/latents_00001.safetensors")
+    write_cache(tmp_path / "mixed", shape=(8, 2, 2))
+    refused(cli(*run, "--data", tmp_path / "mixed"), "several kinds")
+    write_cache(tmp_path / "meta")
+    (tmp_path / "meta/meta.json").write_text('{"classes": ["a", "b"]}')
+    refused(cli(*run, "--data", tmp_path / "meta"), "labels")
+    assert not (tmp_path / "run").exists()
+
+# ---------------------------------------------------------------- checkpoints and the sampling command
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A small file in the layout of the published checkpoint-last.pth."""
+    net = randomized(jlt.JLT(2, 1, 128, 32, 2, 2, 5), seed=7)
+    state = {f"net.{k}": v.detach().clone() for k, v in net.state_dict().items()} | {"net.mask_token": torch.ones(1, 1, 32)}
+    args = Namespace(model="JLT-B/1", img_size=32, flow_matching="x", t_eps=0.05, P_mean=-0.8)
+    path = tmp_path_factory.mktemp("released") / "checkpoint-last.pth"
+    torch.save({"model": {k: v * 0 for k, v in state.items()}, "model_ema1": {k: v.bfloat16() for k, v in state.items()},
+                "model_ema2": {}, "optimizer": {"state": {}}, "epoch": 199, "args": args}, path)
+    return path, net
+
+def test_published_layout_loads_and_samples(cli, released, vae, tmp_path):
+    path, net = released
+    loaded, known = jlt.load_network(path)
+    assert known["target"] == "x" and loaded.num_classes == 5 and loaded.grid == 2
+    assert all(torch.equal(v, net.state_dict()[k].bfloat16().float()) for k, v in loaded.state_dict().items())
+    run = [jlt, "--sample", path, "--vae", vae, "--sample-steps", 3, "--device", "cpu"]
+    status, out, _ = cli(*run, "--classes", 0, 4, 2, 1, 0, 3, "--out", tmp_path / "grid.png")
+    assert status == 0 and "first EMA" in out and "x-prediction" in out
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.size == (3 * 32, 2 * 32)
+        first = np.asarray(image)[:32, :32]
+    assert np.ptp(first) > 20
+    for size in (1, 4):
+        assert cli(*run, "--n", 6, "--micro-batch", size, "--out", tmp_path / f"{size}.npz")[0] == 0
+    a, b = (np.load(tmp_path / f"{size}.npz")["arr_0"] for size in (1, 4))
+    assert a.shape == (6, 32, 32, 3) and a.dtype == np.uint8 and np.abs(a.astype(int) - b).max() <= 1
+    assert np.abs(a[0].astype(int) - first).max() <= 1                    # image 0 of class 0, by either way
+    assert not list(tmp_path.glob(".tmp*"))
+    refused(cli(*run, "--n", 6, "--out", tmp_path / "1.npz"), "exists")
+    refused(cli(*run, "--classes", 5), "classes 0 to 4")
+    refused(cli(*run, "--classes", -1, "--out", tmp_path / "x.png"), "0 to 4")
+    refused(cli(*run), "--classes", "--n")
+    refused(cli(*run, "--n", 3, "--depth", 2), "--depth")
+    refused(cli(*run, "--n", 3, "--out", tmp_path / "no/where.npz"), "folder")
+    refused(cli(*run[:3], "--n", 3, "--vae", tmp_path, "--out", tmp_path / "y.npz"), "--vae")
+
+def test_interrupted_sampling_continues(cli, released, vae, tmp_path, monkeypatch):
+    run = [jlt, "--sample", released[0], "--vae", vae, "--sample-steps", 1, "--device", "cpu", "--n", 6, "--micro-batch", 2]
+    assert cli(*run, "--out", tmp_path / "whole.npz")[0] == 0
+    generate, calls = jlt.generate, []
+    def failing(*args):
+        calls.append(args[3])
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", "samples")
+        return generate(*args)
+    monkeypatch.setattr(jlt, "generate", failing)
+    refused(cli(*run, "--out", tmp_path / "cut.npz"), "No space left", status=1)
+    assert not (tmp_path / "cut.npz").exists()
+    assert cli(*run, "--out", tmp_path / "cut.npz")[0] == 0
+    assert calls == [0, 2, 2, 4] and (tmp_path / "cut.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil_was_here",)
+
+def test_checkpoints_never_run_code(cli, released, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, _ = released
+    state = torch.load(path, weights_only=False)
+    torch.save(state | {"optimizer": Evil()}, "evil.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Evil()))
+    refused(cli(jlt, "--sample", "evil.pth", "--n", 1), "evil.pth", "mkdir")
+    refused(cli(jlt, "--sample", "raw.pth", "--n", 1), "raw.pth")
+    assert not (tmp_path / "evil_was_here").exists()
+    torch.save({"model_ema1": {"net.a": torch.ones(1)}, "args": Namespace(img_size=256)}, "other.pth")
+    refused(cli(jlt, "--sample", "other.pth", "--n", 1), "holds no JLT")
+    torch.save(state | {"args": Namespace(img_size=32, t_eps=0.05, flow_matching=True)}, "unsaid.pth")
+    refused(cli(jlt, "--sample", "unsaid.pth", "--n", 1), "--target True")
+    torch.save(torch.ones(3), "tensor.pth")
+    refused(cli(jlt, "--sample", "tensor.pth", "--n", 1), "holds no JLT")
+
+@pytest.mark.parametrize("args, words", [
+    ("--target q", "x, eps, v"), ("--foo 1", "--foo"), ("--steps 0", "--steps"), ("--batch -3", "--batch"), ("--steps 1e3", "--steps"),
+    ("--cfg nan", "--cfg"), ("--lr inf", "--lr"), ("--ema 1.5", "--ema"), ("--batch 10 --micro-batch 3", "does not divide"),
+    ("--model S/2", "B/1"), ("--interval 0.9 0.1", "low"), ("--device tpu", "cpu"), ("--data nowhere", "encode.py"),
+    ("--classes 3", "--sample"), ("--sample nowhere --n 3", "nowhere"), ("--sample . --n 3", "ckpt.pt"), ("--precision fp8", "bf16"),
+    ("--p-std -1", "--p-std"), ("--t-eps 0", "--t-eps"), ("--sample-steps 0", "--sample-steps"), ("--seed -1", "--seed"),
+    ("--sample", "expected one argument"), ("--n 0 --sample x", "at least 1"), ("--label-drop 2", "--label-drop"), ("--out", "--out")])
+def test_mistakes_on_the_command_line(cli, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    refused(cli(jlt, *args.split()), words)
+    assert not list(tmp_path.iterdir())
+
+# ---------------------------------------------------------------- pictures to latents
+def test_center_crop_is_adms():
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (150, 230, 3), dtype=np.uint8))
+    half = image.resize((115, 75), Image.BOX)
+    expected = half.resize((round(115 * 32 / 75), 32), Image.BICUBIC).crop((8, 0, 40, 32))         # 49 wide: 8 to the left
+    assert half.size[1] >= 64 and encode.center_crop(image, 40).size == (40, 40)
+    again = half.resize((57, 37), Image.BOX).resize((round(57 * 32 / 37), 32), Image.BICUBIC)
+    left = (again.width - 32) // 2
+    expected = again.crop((left, 0, left + 32, 32))
+    assert np.array_equal(encode.center_crop(image, 32), expected)
+    assert encode.center_crop(image.resize((3, 2)), 32).size == (32, 32)
+    assert np.array_equal(encode.center_crop(image.crop((0, 0, 32, 32)), 32), image.crop((0, 0, 32, 32)))
+
+def test_latents_are_normalised_patches_of_the_posterior_mode(vae):
+    model = encode.load_vae(str(vae))
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = encode.encode(model, images)
+    with torch.no_grad():
+        mode = model.encode(images).latent_dist.mean                      # (2, 32, 4, 6)
+    assert latents.shape == (2, 128, 2, 3) and latents.dtype == torch.float32
+    for c, i, j in ((0, 0, 0), (5, 0, 1), (5, 1, 0), (31, 1, 1)):
+        k = 4 * c + 2 * i + j
+        expected = (mode[:, c, i::2, j::2] - model.bn.running_mean[k]) / (model.bn.running_var[k] + model.config.batch_norm_eps).sqrt()
+        torch.testing.assert_close(latents[:, k], expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(encode.decode(model, latents), model.decode(mode).sample, rtol=1e-3, atol=1e-4)
+
+def test_uint8_and_grid(tmp_path):
+    assert encode.to_uint8(torch.tensor([-1.2, -1, 0, 1, 3])).tolist() == [0, 0, 128, 255, 255]
+    encode.save_grid(tmp_path / "g.png", torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 3), columns=3, gap=1)
+    grid = np.asarray(Image.open(tmp_path / "g.png"))[..., 0]
+    assert grid.shape == (5, 11) and grid[0, 0] == 0 and grid[0, 3] == 255 and grid[0, 4] == 1 and grid[3, 4] == 4 and grid[3, 8] == 255
+
+@pytest.fixture(scope="module")
+def cache(photos, vae, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cache") / "latents"
+    args = [photos, "--vae", vae, "--size", 32, "--shard", 5, "--batch", 3, "--workers", 1, "--device", "cpu"]
+    result = call("encode.py", *args, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out, args, result
+
+def test_cache_holds_every_readable_picture_and_its_mirror_image(cache, photos, vae):
+    out, _, result = cache
+    meta, data, model = json.loads((out / "meta.json").read_text()), encode.LatentDataset(out), encode.load_vae(str(vae))
+    assert meta["classes"] == ["a_dogs", "b_cats", "c_empty", "d_odd"] and meta["images"] == len(data) == 19
+    assert [name for name, _ in meta["skipped"]] == ["d_odd/cut.jpg", "d_odd/empty.png", "d_odd/new\nline.png"]
+    assert data.labels.tolist() == [0] * 6 + [1] * 6 + [3] * 7 and data.num_classes == 4
+    assert "3 files skipped" in result.stdout and result.stderr.count("skipped 'd_odd/") == 3
+    names = sorted(encode.list_images(photos), key=lambda n: n)
+    names = [n for n in names if n not in {name for name, _ in meta["skipped"]}]
+    for i in (0, 7, 12, 18):
+        image = encode.center_crop(encode.open_rgb(photos / names[i]), 32)
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+        torch.testing.assert_close(data.item(i)[0], encode.encode(model, x)[0], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(data.item(i, True)[0], encode.encode(model, x.flip(-1))[0], rtol=2e-3, atol=2e-3)
+    with Image.open(out / "reconstructions.png") as sheet:
+        assert sheet.width == 4 * 32
+    assert np.asarray(encode.open_rgb(photos / "d_odd/deep.png")).std() > 40             # not clipped to white
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+
+def test_killed_encoding_ends_byte_identical_and_two_processes_share(cache, tmp_path):
+    out, args, _ = cache
+    line, options = command("encode.py", *args, "--out", tmp_path / "cut")
+    process = subprocess.Popen(line, **options)
+    while process.poll() is None and not (tmp_path / "cut/latents_00001.safetensors").exists():
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    (tmp_path / "cut/.tmp.latents_00003.safetensors").write_bytes(b"half")
+    (tmp_path / "cut/latents_00003.safetensors").unlink(missing_ok=True)
+    (tmp_path / "cut/meta.json").unlink(missing_ok=True)
+    with pytest.raises(encode.Stop, match="of 5 shards"):
+        encode.LatentDataset(tmp_path / "cut")
+    result = call("encode.py", *args, "--out", tmp_path / "cut", processes=2)
+    assert result.returncode == 0 and "there already" in result.stderr, result.stderr
+    assert files_of(tmp_path / "cut") == files_of(out)
+
+def test_encode_refuses_what_it_cannot_do(cache, photos, vae, cli, tmp_path):
+    out, args, _ = cache
+    before = files_of(out)
+    refused(cli(encode, *args, "--out", out, "--size", 48), "size")
+    refused(cli(encode, *args, "--out", out, "--shard", 7), "shards")
+    other = tmp_path / "photos"
+    (other / "train/one").mkdir(parents=True)
+    refused(cli(encode, other, *args[1:], "--out", out), "no images")
+    Image.new("RGB", (40, 40)).save(other / "train/one/a.png")
+    refused(cli(encode, other, *args[1:], "--out", out), "made with another")
+    assert files_of(out) == before
+    new = ["--out", tmp_path / "new"]
+    refused(cli(encode, other / "nope", *new), "not a folder")
+    refused(cli(encode, other / "train/one/a.png", *new), "not a folder")
+    refused(cli(encode, other / "train/one", *new), "CLASS")
+    refused(cli(encode, other, *new, "--size", 40), "multiple of 16")
+    refused(cli(encode, other, *new, "--batch", 0), "--batch")
+    refused(cli(encode, other, *new, "--workers", -2), "--workers")
+    refused(cli(encode, other, *new, "--vae", tmp_path), "--vae")
+    refused(cli(encode, *new), "images")
+    (tmp_path / "file").write_text("x")
+    refused(cli(encode, other, *args[1:], "--out", tmp_path / "file"), "file", status=1)
+    assert cli(encode, other, *args[1:], *new)[0] == 0 and len(encode.LatentDataset(tmp_path / "new")) == 1
+
+def test_full_disk_keeps_what_was_there(tmp_path):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(OSError):
+        with encode.atomic(target) as tmp:
+            tmp.write_text("half")
+            raise OSError(28, "No space left on device")
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+def test_the_main_path_on_pictures(cache, vae, cli, tmp_path):
+    """Pictures -> latents -> training with sample grids -> samples, by the command lines alone."""
+    run = [jlt, *TINY, "--data", cache[0], "--out", tmp_path / "run", "--steps", 4, "--sample-every", 2, "--sample-steps", 2]
+    status, out, err = cli(*run)
+    assert status == 0 and (tmp_path / "run/samples_0000002.png").exists(), err
+    with Image.open(tmp_path / "run/samples_0000004.png") as grid:
+        assert grid.size == (8 * 32, 2 * 32)
+    assert cli(jlt, "--sample", tmp_path / "run", "--classes", 3, 1, "--sample-steps", 2, "--out", tmp_path / "two.png")[0] == 0

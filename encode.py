@@ -4,8 +4,8 @@
     python encode.py photos/ --out latents_photos     # any folder of class folders
     torchrun --nproc-per-node 2 encode.py imagenet/   # several GPUs or hosts share the shards
 
-Interrupted? Run the same command again: finished shards are kept, the one in flight is made anew.
-When it is done, look at latents/reconstructions.png: originals, each with its decoded latent at its right.
+Interrupted? Run the same command again: finished shards are kept, the one in flight is made anew. When it is
+done, look at latents/reconstructions.png: originals, each with what its latent decodes to at its right.
 """
 import argparse, hashlib, json, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -46,13 +46,9 @@ def run(main):
     sys.exit(status)
 
 def make_parser(doc):
-    """An argparse parser whose complaints are one line, like all others."""
-    def error(message):
-        raise Stop(f"{message}; see --help")
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = error
-    return parser
+    """An argparse parser whose complaints are one line: without the usage before them."""
+    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 def positive(text):
     if not text.isdecimal() or int(text) < 1:
@@ -61,8 +57,8 @@ def positive(text):
 
 @contextmanager
 def atomic(path):
-    """Yields a temporary name beside `path`, renamed onto it on success and removed on failure: whoever
-    reads `path` finds the old file or all of the new one, after a power cut too."""
+    """Yields a temporary name beside `path`, renamed onto it on success and removed on failure: whoever reads
+    `path` finds the old file or all of the new one, after a power cut too."""
     tmp = Path(path).with_name(f".tmp.{Path(path).name}")
     try:
         yield tmp
@@ -73,7 +69,7 @@ def atomic(path):
         tmp.unlink(missing_ok=True)
 
 def pick_device(name=None):
-    """"cuda", "cuda:1", "mps", "cpu", or None for the best there is; under torchrun every rank has its own GPU."""
+    """"cuda", "cuda:1", "mps", "cpu" or None, the best there is; under torchrun every rank has its own GPU."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = (name or best).partition(":")
     index = int(index if index.isdecimal() else os.environ.get("LOCAL_RANK", 0))
@@ -88,20 +84,19 @@ def list_images(folder):
                   for file in files if file.lower().endswith(EXTENSIONS))
 
 def open_rgb(path):
-    """Any image file as RGB: its first frame, alpha dropped, not rotated by EXIF (ImageNet's convention).
-    16-bit grayscale is scaled to 8 bits; Pillow's convert alone would make it white."""
+    """Any image file as RGB: its first frame, alpha dropped, not rotated by EXIF (ImageNet's convention). 16-bit
+    grayscale is scaled to 8 bits; Pillow's convert alone would make it white."""
     with Image.open(path) as image:
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
         return image.convert("RGB")
 
 def center_crop(image, size):
-    """PIL image -> size x size. ADM's crop (guided-diffusion): halve with a box filter while the short side
-    is at least 2 * size, bicubic until it is `size`, cut out the centre. ValueError for endless strips."""
+    """PIL image -> size x size. ADM's crop (guided-diffusion): halve with a box filter while the short side is at
+    least 2 * size, bicubic until it is `size`, cut out the centre. ValueError for endless strips."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
+    width, height = (round(side * (size / min(image.size))) for side in image.size)
     if width * height > 2 * Image.MAX_IMAGE_PIXELS:   # a 1 x 5000 strip would become 256 x 1,280,000
         raise ValueError(f"{image.width} x {image.height} is too long for a square crop")
     left, top = (width - size) // 2, (height - size) // 2
@@ -114,29 +109,29 @@ def to_uint8(images):
 def save_grid(path, images, columns, gap=0):
     """Writes uint8 images (N, 3, H, W) as one PNG, row by row, `gap` white pixels apart."""
     n, _, h, w = images.shape
-    tiles = torch.full((-(-n // columns) * columns, 3, h + gap, w + gap), 255, dtype=torch.uint8)
-    tiles[:n, :, :h, :w] = images
-    sheet = tiles.view(-1, columns, *tiles.shape[1:]).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    sheet = torch.full((-(-n // columns) * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        y, x = i // columns * (h + gap), i % columns * (w + gap)
+        sheet[y:y + h, x:x + w] = image.permute(1, 2, 0)
     with atomic(path) as tmp:
-        Image.fromarray(sheet[:len(sheet) - gap, :sheet.shape[1] - gap].numpy()).save(tmp, "PNG")
+        Image.fromarray(sheet.numpy()).save(tmp, "PNG")
 
 # ---------------------------------------------------------------- the VAE
 def load_vae(name=VAE, device="cpu"):
-    """The frozen AutoencoderKLFlux2 of a hub repository or local folder (there, or in its vae/).
-    Raises Stop where there is none or where the weights are another model's."""
+    """The frozen AutoencoderKLFlux2 of a hub repository or local folder (there, or in its vae/). Raises Stop where
+    there is none, or where the weights are another model's."""
     from diffusers import AutoencoderKLFlux2, logging  # here: the import takes seconds
     logging.set_verbosity_error()
     for subfolder in ("vae", None):
         try:
             vae, report = AutoencoderKLFlux2.from_pretrained(name, subfolder=subfolder, output_loading_info=True)
+            if not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+                return vae.eval().requires_grad_(False).to(device)
+            reason = "other weights than an AutoencoderKLFlux2 has"
         except Exception as e:                        # of many kinds: the hub's, diffusers', safetensors'
             reason = " ".join(str(e).split())[:160]
-        else:
-            if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
-                raise Stop(f"--vae {name}: the weights there are not an AutoencoderKLFlux2's")
-            return vae.eval().requires_grad_(False).to(device)
-    raise Stop(f"--vae {name}: cannot be loaded ({reason}); give a folder with an AutoencoderKLFlux2, "
-               f"such as: hf download {VAE} --include 'vae/*' --local-dir flux2")
+    raise Stop(f"--vae {name}: cannot be loaded ({reason}); give a folder with an AutoencoderKLFlux2, such as "
+               f"flux2 after: hf download {VAE} --include 'vae/*' --local-dir flux2")
 
 def normalization(vae):
     """Mean and std (1, 128, 1, 1) of the VAE's own BatchNorm, which diffusers leaves to its caller."""
@@ -145,8 +140,8 @@ def normalization(vae):
 
 @torch.no_grad()
 def encode(vae, images):
-    """Images (B, 3, H, W) in [-1, 1] -> normalised latents (B, 128, H/16, W/16), float32: the posterior's
-    mode, 2x2 pixels to channels (c*4 + row*2 + column), BatchNorm statistics."""
+    """Images (B, 3, H, W) in [-1, 1] -> normalised latents (B, 128, H/16, W/16), float32: the posterior's mode,
+    2x2 pixels to channels (c*4 + row*2 + column), BatchNorm statistics."""
     mean, std = normalization(vae)
     latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode().float()   # (B, 32, H/8, W/8)
     return (F.pixel_unshuffle(latents, 2) - mean) / std
@@ -159,64 +154,65 @@ def decode(vae, latents):
     return vae.decode(latents.to(vae.dtype)).sample.float()
 
 # ---------------------------------------------------------------- the cache
+def save_shard(path, latents, flipped, labels, **header):
+    tensors = {"latents": latents.half().contiguous(), "latents_flip": flipped.half().contiguous(), "labels": labels.int()}
+    with atomic(path) as tmp:                         # one key: safetensors writes several in random order
+        tmp.write_bytes(safetensors_bytes(tensors, {"encode": json.dumps(header)}))
+
 def open_shard(path):
-    """-> header (dict), tensors by name, mapped from disk rather than read. Stop if damaged."""
+    """-> header (dict), tensors by name: mapped from disk, not read. Raises Stop if damaged."""
     try:
         with safe_open(path, "pt") as file:
             shard = {key: file.get_tensor(key) for key in file.keys()}
             header = json.loads((file.metadata() or {}).get("encode", "{}"))
-        n, _, _, _ = shard["latents"].shape
-        if shard["labels"].shape != (n,) or shard.get("latents_flip", shard["latents"]).shape != shard["latents"].shape:
+        n, _, _, _ = shape = shard["latents"].shape
+        if shard["labels"].shape != (n,) or shard.get("latents_flip", shard["latents"]).shape != shape:
             raise ValueError("tensors of different lengths")
     except (SafetensorError, OSError, KeyError, ValueError) as e:
         raise Stop(f"{path}: no shard of latents (N, C, H, W) and labels (N,): {e}; delete it, encode again", 1) from None
     return header, shard
 
 class LatentDataset(torch.utils.data.Dataset):
-    """A folder of cached latents, memory-mapped: item i is (latent (C, H, W) float32, label), item(i, True)
-    that of the mirrored image. Shards of the paper's code, which have no meta.json, are read as well.
-    Raises Stop for a cache that is missing, unfinished, damaged or mixed."""
+    """A folder of cached latents, memory-mapped: item i is (latent (C, H, W) float32, label), item(i, True) that of
+    the mirrored image. Shards of the paper's code, which have no meta.json, are read as well. Raises Stop for a
+    cache that is missing, unfinished, damaged or mixed."""
     def __init__(self, folder):
-        files = sorted(Path(folder).glob("latents_*.safetensors"))
+        files, meta = sorted(Path(folder).glob("latents_*.safetensors")), Path(folder, "meta.json")
         if not files:
             raise Stop(f"{folder}: holds no latents_*.safetensors; make them: python encode.py IMAGES --out {folder}")
-        headers, self.shards = zip(*map(open_shard, files))
-        meta, want = Path(folder, "meta.json"), headers[0].get("shards")
-        if want and (len(files) != want or not meta.exists()):
-            raise Stop(f"{folder}: {len(files)} of {want} shards; finish it with the same encode.py command")
-        shapes = {shard["latents"].shape[1:] for shard in self.shards}
-        if len(shapes) > 1 or len({header.get("encoder") for header in headers}) > 1:
-            raise Stop(f"{folder}: mixes latents of several kinds; keep one cache in a folder")
-        self.shape = tuple(shapes.pop())              # (C, H, W)
-        self.labels = torch.cat([shard["labels"] for shard in self.shards]).long()
-        self.ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.meta = json.loads(meta.read_text()) if meta.exists() else {}
-        self.num_classes = len(self.meta["classes"]) if self.meta else int(self.labels.max()) + 1 if len(self.labels) else 0
-        if not len(self.labels) or self.labels.min() < 0 or self.labels.max() >= self.num_classes:
-            raise Stop(f"{folder}: no latents, or labels outside its {self.num_classes} classes")
+        if self.meta.get("shards", len(files)) != len(files):
+            raise Stop(f"{folder}: {len(files)} of {self.meta['shards']} shards; the same encode.py command finishes it")
+        self.shards = [open_shard(file)[1] for file in files]
+        self.ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
+        self.labels = torch.cat([shard["labels"] for shard in self.shards]).long()
+        self.shape, *other = {tuple(shard["latents"].shape[1:]) for shard in self.shards}         # (C, H, W)
+        if other:
+            raise Stop(f"{folder}: mixes latents {self.shape} and {other[0]}; keep one cache in a folder")
+        low, high = (int(f(self.labels)) for f in (torch.amin, torch.amax)) if len(self) else (-1, -1)
+        self.num_classes = len(self.meta.get("classes", range(high + 1)))
+        if not 0 <= low <= high < self.num_classes:
+            raise Stop(f"{folder}: no latents, or labels ({low} to {high}) outside its {self.num_classes} classes")
 
     def __len__(self):
         return len(self.labels)
 
     def item(self, i, flip=False):
+        i = range(len(self))[i]
         return self.rows([i], [flip])[0].float(), int(self.labels[i])
 
-    def rows(self, indices, flips):
-        """Latents (B, C, H, W) as stored; a cache without mirrored latents gives the plain ones."""
-        rows = []
-        for i, flip in zip(indices, flips):
-            k = int(np.searchsorted(self.ends, i, side="right"))
-            name = "latents_flip" if flip and "latents_flip" in self.shards[k] else "latents"
-            rows.append(self.shards[k][name][i - self.ends[k]])                         # counted from the shard's end
-        return torch.stack(rows)
+    __getitem__ = item
 
-    def __getitem__(self, i):
-        return self.item(range(len(self))[i])
+    def rows(self, indices, flips):
+        """Latents (B, C, H, W) as stored; where there are no mirrored ones, the plain ones."""
+        where = zip(indices, np.searchsorted(self.ends, indices, side="right"), flips)
+        return torch.stack([self.shards[k]["latents_flip" if flip and "latents_flip" in self.shards[k] else "latents"]
+                            [i - self.ends[k]] for i, k, flip in where])              # rows counted from the shard's end
 
 # ---------------------------------------------------------------- the command
 class Photos(torch.utils.data.Dataset):
-    """Decodes and crops in the DataLoader's processes. Item: a list of indices -> those that could be read,
-    their images (B, 3, S, S) uint8, and [name, reason] of the others."""
+    """Decodes and crops, in the DataLoader's processes: a list of indices -> those that could be read, their images
+    uint8 (B, 3, S, S), and [name, reason] of the others."""
     def __init__(self, root, names, size):
         self.root, self.names, self.size = root, names, size
 
@@ -255,45 +251,35 @@ def main():
     args = parser.parse_args()
     if args.size % 16:
         raise Stop(f"--size {args.size}: the latent grid needs a multiple of 16")
-    device, rank, world = pick_device(args.device), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    root, classes, names, labels = scan(args.images)
-    args.out.mkdir(parents=True, exist_ok=True)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    out, device, (root, classes, names, labels) = args.out, pick_device(args.device), scan(args.images)
     vae = load_vae(args.vae, device)
 
-    # What the shards of one cache have in common; each header says it. Any decoder may be used later.
+    # What all shards of a cache have in common, in meta.json. (Its decoder may be replaced by another.)
     weights = b"".join(v.cpu().numpy().tobytes() for k, v in vae.state_dict().items() if "decoder" not in k and "post" not in k)
     parts = [range(k, min(k + args.shard, len(names))) for k in range(0, len(names), args.shard)]
-    common = {"size": args.size, "encoder": hashlib.sha256(weights).hexdigest()[:16], "shards": len(parts),
-              "files": hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()[:16]}
+    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
+    meta = {"vae": args.vae, "encoder": digest(weights), "files": digest(os.fsencode("\0".join(names))), "size": args.size,
+            "shards": len(parts), "classes": classes}
+    out.mkdir(parents=True, exist_ok=True)
+    paths, old = [out / f"latents_{k:05d}.safetensors" for k in range(len(parts))], meta
+    if (out / "meta.json").exists():
+        old = json.loads((out / "meta.json").read_text())
+    for key in ("encoder", "size", "files", "shards"):
+        if old.get(key) != meta[key]:
+            raise Stop(f"{out}: made with other {key} ({old.get(key)}, now {meta[key]}); give another --out")
+    if rank == 0:
+        with atomic(out / "meta.json") as tmp:
+            tmp.write_text(json.dumps(old, indent=1))
+    todo = [k for k in range(rank, len(parts), world) if not paths[k].exists()]
+    print(f"{out}: {len(names):,} files of {len(classes)} classes; {sum(p.exists() for p in paths)} of {len(parts)} shards "
+          "were there already", file=sys.stderr)
 
-    def finished():
-        """Headers by shard number."""
-        headers = {}
-        for path in sorted(args.out.glob("latents_*.safetensors")):
-            header, _ = open_shard(path)
-            for key in common:
-                if header.get(key) != common[key]:
-                    raise Stop(f"{path}: made with another {key} ({header.get(key)}, now {common[key]}); use another --out")
-            headers[header["shard"]] = header
-        return headers
-
-    def write(k, latents, kept, skipped):
-        """Shard k under its final name; called in a thread, while the GPU is at the next shard."""
-        both = torch.cat(latents, 1)                  # (2, N, 128, h, w): as it is, mirrored
-        tensors = {"latents": both[0], "latents_flip": both[1], "labels": torch.tensor([labels[i] for i in kept]).int()}
-        header = common | {"vae": args.vae, "shard": k, "skipped": skipped}
-        with atomic(args.out / f"latents_{k:05d}.safetensors") as tmp:
-            tmp.write_bytes(safetensors_bytes({k: v.contiguous() for k, v in tensors.items()}, {"encode": json.dumps(header)}))
-
-    done = finished()
-    todo = [k for k in range(rank, len(parts), world) if k not in done]
-    print(f"{args.out}: {len(done)} of {len(parts)} shards were there already" if done else
-          f"{args.out}: {len(names):,} images of {len(classes)} classes to encode", file=sys.stderr)
     batches = [parts[k][b:b + args.batch] for k in todo for b in range(0, len(parts[k]), args.batch)]
     loader = iter(torch.utils.data.DataLoader(Photos(root, names, args.size), batch_size=None, sampler=batches,
                                               num_workers=args.workers, pin_memory=device.type == "cuda"))
     with ThreadPoolExecutor(1) as writer, tqdm(total=sum(map(len, batches)), unit="image") as bar:
-        writing = writer.submit(int)
+        writing = writer.submit(int)                  # a shard is written while the GPU is at the next
         for k in todo:
             latents, kept, skipped = [], [], []
             for _ in range(0, len(parts[k]), args.batch):
@@ -305,29 +291,24 @@ def main():
                     bar.write(f"skipped {ascii(name)}: {why}", file=sys.stderr)
                 bar.update(len(good) + len(bad))
             writing.result()                          # raises what went wrong there
-            writing = writer.submit(write, k, latents, kept, skipped)
+            writing = writer.submit(save_shard, paths[k], *torch.cat(latents, 1), torch.tensor([labels[i] for i in kept]),
+                                    vae=args.vae, size=args.size, shard=k, shards=len(parts), skipped=skipped)
         writing.result()
-
     if rank:
-        return                                        # the first process completes the cache
-    while len(list(args.out.glob("latents_*.safetensors"))) < len(parts):
-        time.sleep(1)                                 # for the others
-    done = finished()
-    skipped = sum((done[k]["skipped"] for k in sorted(done)), [])
-    unreadable = {name for name, _ in skipped}
+        return                                        # the first process waits for the others and completes the cache
+    while not all(path.exists() for path in paths):
+        time.sleep(1)
+    data, skipped = LatentDataset(out), sum((open_shard(path)[0]["skipped"] for path in paths), [])
+    with atomic(out / "meta.json") as tmp:
+        tmp.write_text(json.dumps(meta | {"images": len(data), "skipped": skipped}, indent=1))
+    unreadable, some = {name for name, _ in skipped}, range(0, len(data), -(-len(data) // 512))
     names = [name for name in names if name not in unreadable]
-    with atomic(args.out / "meta.json") as tmp:
-        tmp.write_text(json.dumps({"vae": args.vae, "size": args.size, "images": len(names), "classes": classes,
-                                   "skipped": skipped}, indent=1))
-    data = LatentDataset(args.out)                    # read back what training will see
-    some = range(0, len(data), -(-len(data) // 512))
     std, mean = torch.std_mean(torch.stack([data[i][0] for i in some]), (0, 2, 3))
     pairs = [x for i in some[::-(-len(some) // 8)] for x in (
         Photos(root, names, args.size)[[i]][1][0], to_uint8(decode(vae, data[i][0][None]))[0].cpu())]
-    save_grid(args.out / "reconstructions.png", torch.stack(pairs), columns=4)
-    print(f"{args.out}: {len(data):,} images and their mirror images, {len(classes)} classes, {len(parts)} shards; "
-          f"{len(skipped)} files skipped; channel means {mean.min():.2f} to {mean.max():.2f}, stds {std.min():.2f} "
-          f"to {std.max():.2f} over {len(some)} of them (about 0 and 1 for FLUX.2's own VAE)")
+    save_grid(out / "reconstructions.png", torch.stack(pairs), columns=4)
+    print(f"{out}: {len(data):,} images, each with its mirror image, in {len(parts)} shards; {len(skipped)} files skipped; channel "
+          f"means {mean.min():.2f} to {mean.max():.2f}, stds {std.min():.2f} to {std.max():.2f} (FLUX.2's VAE: about 0 and 1)")
 
 if __name__ == "__main__":
     run(main)

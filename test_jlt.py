@@ -651,7 +651,7 @@ def test_encode_refuses_what_it_cannot_do(cache, photos, vae, cli, tmp_path):
     (other / "train/one").mkdir(parents=True)
     refused(cli(encode, other, *args[1:], "--out", out), "no images")
     Image.new("RGB", (40, 40)).save(other / "train/one/a.png")
-    refused(cli(encode, other, *args[1:], "--out", out), "made with another")
+    refused(cli(encode, other, *args[1:], "--out", out), "made with other files")
     assert files_of(out) == before
     new = ["--out", tmp_path / "new"]
     refused(cli(encode, other / "nope", *new), "not a folder")

@@ -180,10 +180,11 @@ class LatentDataset(torch.utils.data.Dataset):
         files, meta = sorted(Path(folder).glob("latents_*.safetensors")), Path(folder, "meta.json")
         if not files:
             raise Stop(f"{folder}: holds no latents_*.safetensors; make them: python encode.py IMAGES --out {folder}")
+        headers, self.shards = zip(*map(open_shard, files))
+        want = headers[0].get("shards", len(files))
+        if want != len(files):
+            raise Stop(f"{folder}: {len(files)} of {want} shards; the same encode.py command finishes it")
         self.meta = json.loads(meta.read_text()) if meta.exists() else {}
-        if self.meta.get("shards", len(files)) != len(files):
-            raise Stop(f"{folder}: {len(files)} of {self.meta['shards']} shards; the same encode.py command finishes it")
-        self.shards = [open_shard(file)[1] for file in files]
         self.ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.labels = torch.cat([shard["labels"] for shard in self.shards]).long()
         self.shape, *other = {tuple(shard["latents"].shape[1:]) for shard in self.shards}         # (C, H, W)

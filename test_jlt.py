@@ -464,7 +464,7 @@ def test_other_caches_are_read_or_refused(cli, tmp_path):
     assert torch.equal(data.item(5, True)[0], data.item(5)[0]) and data[5][0].dtype == torch.float32
     run = [jlt, *TINY, "--out", tmp_path / "run", "--steps", 1]
     bad = lambda name, **changes: write_cache(tmp_path / name, **changes)
-    refused(cli(*run, "--data", bad("neg", labels=torch.full((24,), -1).int())), "labels outside")
+    refused(cli(*run, "--data", bad("neg", labels=torch.full((24,), -1).int())), "labels (-1 to -1)")
     refused(cli(*run, "--data", bad("few", labels=torch.zeros(5).int())), "few", "encode", status=1)
     refused(cli(*run, "--data", bad("flat", latents=torch.zeros(24, 8))), "flat", status=1)
     cut = bad("cut") / "latents_00000.safetensors"
@@ -472,7 +472,7 @@ def test_other_caches_are_read_or_refused(cli, tmp_path):
     refused(cli(*run, "--data", tmp_path / "cut"), "latents_00000", status=1)
     save_file(load_file(bad("mixed") / "latents_00000.safetensors"), tmp_path / "mixed/latents_00001.safetensors")
     write_cache(tmp_path / "mixed", shape=(8, 2, 2))
-    refused(cli(*run, "--data", tmp_path / "mixed"), "several kinds")
+    refused(cli(*run, "--data", tmp_path / "mixed"), "mixes latents")
     write_cache(tmp_path / "meta")
     (tmp_path / "meta/meta.json").write_text('{"classes": ["a", "b"]}')
     refused(cli(*run, "--data", tmp_path / "meta"), "labels")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import load_file, save as safetensors_bytes
 from tqdm import tqdm
 
 VAE = "black-forest-labs/FLUX.2-klein-4B"             # Apache-2.0; the VAE is in its folder vae/
@@ -120,6 +120,8 @@ def save_grid(path, images, columns, gap=0):
 def load_vae(name=VAE, device="cpu"):
     """The frozen AutoencoderKLFlux2 of a hub repository or local folder (there, or in its vae/). Raises Stop where
     there is none, or where the weights are another model's."""
+    if str(name).endswith("codec.safetensors"):
+        return LinearCodec(**load_file(name))
     from diffusers import AutoencoderKLFlux2, logging  # here: the import takes seconds
     logging.set_verbosity_error()
     for subfolder in ("vae", None):
@@ -142,6 +144,8 @@ def normalization(vae):
 def encode(vae, images):
     """Images (B, 3, H, W) in [-1, 1] -> normalised latents (B, 128, H/16, W/16), float32: the posterior's mode,
     2x2 pixels to channels (c*4 + row*2 + column), BatchNorm statistics."""
+    if isinstance(vae, LinearCodec):
+        return vae.encode(images)
     mean, std = normalization(vae)
     latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode().float()   # (B, 32, H/8, W/8)
     return (F.pixel_unshuffle(latents, 2) - mean) / std
@@ -149,9 +153,63 @@ def encode(vae, images):
 @torch.no_grad()
 def decode(vae, latents):
     """The inverse: normalised latents (B, 128, h, w) -> images (B, 3, 16h, 16w), float32."""
+    if isinstance(vae, LinearCodec):
+        return vae.decode(latents)
     mean, std = normalization(vae)
     latents = F.pixel_shuffle(latents.to(vae.device).float() * std + mean, 2)           # (B, 32, 2h, 2w)
     return vae.decode(latents.to(vae.dtype)).sample.float()
+
+# ---------------------------------------------------------------- the built-in data: digits, and a codec for them
+STROKES = ("50 20 13 16 29 59 86 83 50 20", "22 50 59", "12 30 60 82 74 19 89", "11 40 70 82 64 44 64 86 78 49 18",
+           "60 16 86 66 60 69", "80 20 14 54 86 78 49 18", "70 32 15 18 49 78 86 65 35 16", "10 80 39",
+           "54 22 20 60 82 54 16 18 49 79 86 54", "29 67 84 81 50 21 13 34 64 83")  # pen paths of 0 to 9: x y on a 10 x 10 grid
+
+def draw_digits(n, seed):
+    """Images uint8 (n, 3, 32, 32) and labels (n,) of the classes 0, 1, ..., 9, 0, ...: bright strokes on dark paper, of
+    random colour, thickness, shape, slant, rotation, size and position; a pixel is ink by its distance to the path."""
+    g = torch.Generator().manual_seed(seed)
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)
+    paths = torch.tensor([[int(xy[0]) + 1j * int(xy[1]) for xy in (s.split() + 12 * [s[-2:]])[:12]] for s in STROKES])
+    labels = torch.arange(n) % 10
+    p = paths[labels] / 9 - (0.5 + 0.5j) + 0.012 * torch.complex(*torch.randn(2, n, 12, generator=g))     # (n, 12)
+    p = 0.75 * p.real + uniform(-0.15, 0.15, 1) * p.imag + 1j * p.imag
+    p = p * torch.polar(uniform(20, 24, 1), uniform(-0.12, 0.12, 1)) + torch.complex(*uniform(14.5, 17.5, 2, 1).unbind(1))
+    pixels = (torch.arange(32) + 0.5 + 1j * (torch.arange(32)[:, None] + 0.5)).flatten()                  # (1024,)
+    width, ink, paper, images = uniform(2.2, 3.6), uniform(0.6, 1, 3, 1), uniform(0, 0.3, 3, 1), []
+    for k in torch.arange(n).split(500):
+        start, way = p[k, :-1, None], p[k].diff()[..., None]                                              # (k, 11, 1)
+        along = ((pixels - start) * way.conj()).real / way.abs().square().clamp(min=1e-6)                 # (k, 11, 1024)
+        distance = (pixels - start - along.clamp(0, 1) * way).abs().amin(1)                               # (k, 1024)
+        cover = (width[k, None] / 2 - distance + 0.5).clamp(0, 1)[:, None]
+        images.append(((paper[k] + (ink[k] - paper[k]) * cover) * 255).round().to(torch.uint8).view(-1, 3, 32, 32))
+    return torch.cat(images), labels
+
+class LinearCodec:
+    """FLUX.2's VAE in miniature: each 16x16x3 patch to its 128 principal components, divided by one common scale, so
+    that directions of low variance stay low. mean (768, 1, 1), basis (768, 128), scale ()."""
+    def __init__(self, mean, basis, scale):
+        self.mean, self.basis, self.scale = mean, basis, scale
+
+    def encode(self, images):
+        return torch.einsum("bchw,cd->bdhw", F.pixel_unshuffle(images.cpu(), 16) - self.mean, self.basis) / self.scale
+
+    def decode(self, latents):
+        return F.pixel_shuffle(torch.einsum("bdhw,cd->bchw", latents.cpu() * self.scale, self.basis) + self.mean, 16)
+
+def cache_digits(folder, n=10_000):
+    """Writes n digits as a cache like any other, with the codec beside them, unless they are there."""
+    if not (folder / "meta.json").exists():
+        images, labels = draw_digits(n, seed=1)
+        patches = F.pixel_unshuffle(images / 127.5 - 1, 16).movedim(1, -1).flatten(0, 2)                  # (4n, 768)
+        values, vectors = torch.linalg.eigh(torch.cov(patches.T))                                         # ascending
+        codec = {"mean": patches.mean(0)[:, None, None], "basis": vectors[:, -128:].flip(1).contiguous(),
+                 "scale": values[-128:].mean().sqrt()}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "codec.safetensors").write_bytes(safetensors_bytes(codec))
+        z = LinearCodec(**codec).encode(images / 127.5 - 1)
+        save_shard(folder / "latents_00000.safetensors", z, z, labels)    # no mirror images: a mirrored 3 is no digit
+        meta = {"vae": str(folder / "codec.safetensors"), "shards": 1, "classes": [*"0123456789"]}
+        (folder / "meta.json").write_text(json.dumps(meta))
 
 # ---------------------------------------------------------------- the cache
 def save_shard(path, latents, flipped, labels, **header):

@@ -29,10 +29,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from encode import (VAE, LatentDataset, Stop, atomic, decode, load_vae, make_parser, pick_device, positive, run,
-                    save_grid, to_uint8)
+from encode import (VAE, LatentDataset, Stop, atomic, cache_digits, decode, draw_digits, encode, load_vae, make_parser,
+                    pick_device, positive, run, save_grid, to_uint8)
+from fid import DigitNet, Statistics, frechet_distance
 
 # ================================================================ configuration
 def flag(default, help, low=-math.inf, high=math.inf):
@@ -59,6 +61,7 @@ class Config:
     micro_batch: int = flag(0, "images in a pass, also when sampling; 0: largest divisor of batch up to 256", 0)
     lr: float = flag(0.0, "learning rate; 0: 5e-5 * batch / 256", 0)
     warmup_epochs: float = flag(5.0, "epochs of linear warm-up; the rate is constant afterwards", 0)
+    cooldown: float = flag(0.0, "share of the steps at the end in which the rate falls to 0; the paper: none", 0, 1)
     clip: float = flag(1.0, "largest norm of the gradient", 1e-6)
     ema: float = flag(0.9999, "decay of the averaged weights, those that sample; 0.99 for a run of 1,000 steps", 0, 1)
     label_drop: float = flag(0.1, "share of labels replaced by the null class, for guidance", 0, 1)
@@ -353,11 +356,12 @@ def load_file(path):
 def load_run(path, cfg, identity):
     """The checkpoint of a run folder, if it was made with these settings and data; Stop if not."""
     state, new = load_file(path), asdict(cfg) | {"data": identity}
+    free = FREE - {"steps"} if cfg.cooldown else FREE                     # a cool-down depends on where it ends
     try:
         old = state["config"] | {"data": state["identity"]}
     except (KeyError, TypeError):
         raise Stop(f"{path}: not a checkpoint of this program; give another --out") from None
-    other = [f"{k} {old.get(k)} (now {new[k]})" for k in new if k in {"data", *new.keys() - FREE} and old.get(k) != new[k]]
+    other = [f"{k} {old.get(k)} (now {new[k]})" for k in new if k in {"data", *new.keys() - free} and old.get(k) != new[k]]
     if other:
         raise Stop(f"{path}: made with other settings: {', '.join(other)}; give another --out")
     return state
@@ -388,20 +392,24 @@ def load_network(path):
     return net.eval().requires_grad_(False), known
 
 # ================================================================ pictures
-def generate(net, vae, labels, first, cfg, device):
-    """Samples of classes `labels` -> uint8 (N, 3, H, W) on the CPU. The noise of image i = first, first + 1, ...
-    depends on (seed, i) alone: not on the batch, nor on the number of GPUs."""
+def generate(net, labels, first, cfg, device):
+    """Sampled latents (N, C, H, W) of classes `labels`. The noise of image i = first, first + 1, ... depends on
+    (seed, i) alone: not on the batch, nor on the number of GPUs."""
     noise = torch.stack([torch.randn(net.in_channels, net.grid, net.grid, generator=rng(SAMPLES, cfg.seed, first + i))
                          for i in range(len(labels))])
     with autocast(cfg, device):
-        z = sample(net, labels.to(device), noise.to(device), cfg.target, cfg.sample_steps, cfg.cfg, cfg.interval,
-                   t_eps=cfg.t_eps)
-    return torch.cat([to_uint8(decode(vae, part)).cpu() for part in z.split(32)])
+        return sample(net, labels.to(device), noise.to(device), cfg.target, cfg.sample_steps, cfg.cfg, cfg.interval,
+                      t_eps=cfg.t_eps)
+
+def pictures(vae, latents):
+    """-> uint8 (N, 3, H, W) on the CPU, decoded 32 at a time."""
+    return torch.cat([to_uint8(decode(vae, z)).cpu() for z in latents.split(32)])
 
 def sample_grid(net, vae, labels, cfg, device, out):
     """A PNG without gaps, as square as the number allows."""
     micro = cfg.micro_batch or 64
-    images = [generate(net, vae, labels[i:i + micro], i, cfg, device) for i in tqdm(range(0, len(labels), micro), unit="batch")]
+    images = [pictures(vae, generate(net, labels[i:i + micro], i, cfg, device))
+              for i in tqdm(range(0, len(labels), micro), unit="batch")]
     rows = max(d for d in range(1, math.isqrt(len(labels)) + 1) if len(labels) % d == 0)
     save_grid(out, torch.cat(images), len(labels) // rows)
 
@@ -419,7 +427,7 @@ def sample_file(net, vae, n, cfg, device, out):
         for k in range(len(files)):
             labels = torch.arange(k * micro, min(n, (k + 1) * micro)) % net.num_classes
             if k % world == rank and not files[k].exists():
-                images = generate(net, vae, labels, k * micro, cfg, device).permute(0, 2, 3, 1).contiguous()
+                images = pictures(vae, generate(net, labels, k * micro, cfg, device)).permute(0, 2, 3, 1)
                 with atomic(files[k]) as tmp, open(tmp, "wb") as file:
                     np.save(file, images.numpy())
             bar.update(len(labels))
@@ -522,7 +530,7 @@ def train(cfg):
 
     for step in range(start + 1, cfg.steps + 1):
         # ------------------------------------------------ one step
-        lr = opt.param_groups[0]["lr"] = cfg.lr * min(1, step / warmup)
+        lr = opt.param_groups[0]["lr"] = cfg.lr * min(1, step / warmup, (cfg.steps + 1 - step) / max(1, cfg.cooldown * cfg.steps))
         step_loss = torch.zeros((), device=device)
         for m in range(rank, micros, world):
             x, y = next(stream)
@@ -587,15 +595,164 @@ def train(cfg):
                 raise Stop(f"{path}: cannot be written ({str(e)[:80]}); the one before it is intact", 1) from None
         if vae and step % cfg.sample_every == 0:
             labels = torch.linspace(0, data.num_classes - 1, 16).round().long()
-            save_grid(out / f"samples_{step:07d}.png", generate(ema, vae, labels, 0, cfg, device), 8)
+            save_grid(out / f"samples_{step:07d}.png", pictures(vae, generate(ema, labels, 0, cfg, device)), 8)
         if stop:
             raise Stop(f"{out}: stopped by a signal, saved at step {step:,}; the same command continues", 130)
     print(f"{out}: {cfg.steps:,} steps done; python jlt.py --sample {out} --classes 0 1 shows samples, a larger --steps goes on")
     return out
 
+# ================================================================ target geometry (section 3.2, App. B and D)
+def gaussian_risk(lam, t):
+    """Least mean squared errors per direction for x ~ N(0, diag(lam)) at time t: the variances left in x, eps and v
+    once z is known, (5)-(6). Note R_v = R_x / (1 - t)^2. -> {"x": R_x, "eps": R_eps, "v": R_v}"""
+    lam = torch.as_tensor(lam, dtype=torch.float64)
+    d = t ** 2 * lam + (1 - t) ** 2                                       # variance of z
+    parts = {"x": lam * (1 - t) ** 2 / d, "eps": t ** 2 * lam / d, "v": lam / d}
+    return {target: part.mean().item() for target, part in parts.items()}
+
+def gaussian_gain(lam, t):
+    """What the best prediction makes of z in a direction of variance lam, App. B: E[x|z] = gain * z, likewise v."""
+    d = t ** 2 * lam + (1 - t) ** 2
+    return {"x": t * lam / d, "v": (t * lam - (1 - t)) / d}
+
+def effective_rank(lam):
+    """exp of the entropy of lam / sum(lam): how many directions carry the variance (Roy & Vetterli 2007)."""
+    lam = torch.as_tensor(lam, dtype=torch.float64)
+    return torch.special.entr(lam / lam.sum()).sum().exp().item()
+
+def participation_ratio(lam):
+    """(sum lam)^2 / sum lam^2: the same question, asked of the large directions."""
+    lam = torch.as_tensor(lam, dtype=torch.float64)
+    return (lam.sum() ** 2 / lam.square().sum()).item()
+
+def tokens(latents, p):
+    """Latents (B, C, H, W) -> tokens (B * H/p * W/p, p*p*C)."""
+    return F.pixel_unshuffle(latents.float(), p).movedim(1, -1).flatten(0, 2)
+
+def linear_probe(fit, held_out, t, seed=0):
+    """App. D: the best linear predictor of x, and of v, from z at time t (ridge regression in closed form, of tokens
+    (N, D)) -> mean squared errors per dimension on held-out tokens, to set beside gaussian_risk."""
+    g, x = rng(NOISE, seed), torch.cat([fit, held_out]).double()
+    eps = torch.randn(x.shape, generator=g, dtype=x.dtype)
+    z, n = torch.nn.functional.pad(t * x + (1 - t) * eps, (0, 1), value=1), len(fit)      # a last column for the mean
+    gram = z[:n].T @ z[:n] + 1e-3 * torch.eye(z.shape[1], dtype=z.dtype)
+    y = torch.cat([x, x - eps], 1)                                        # (2): y_x and y_v
+    error = (y - z @ torch.linalg.solve(gram, z[:n].T @ y[:n]))[n:].square().mean(0)
+    return {"x": error[:x.shape[1]].mean().item(), "v": error[x.shape[1]:].mean().item()}
+
+def plot(curves, title, size=(560, 420)):
+    """A small chart with a logarithmic y axis -> PIL image. curves: {name: (colour, [(x, y), ...])}."""
+    image, (w, h) = Image.new("RGB", size, "white"), size
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    xs, ys = zip(*(point for _, points in curves.values() for point in points))
+    low, high = math.floor(math.log10(max(min(ys), max(ys) * 1e-6))), math.ceil(math.log10(max(ys)))
+    at = lambda x, y: (60 + (w - 80) * (x - min(xs)) / (max(xs) - min(xs)),
+                       h - 40 - (h - 80) * (math.log10(max(y, 10.0 ** low)) - low) / (high - low))
+    draw.text((60, 10), title, "black", font)
+    for e in range(low, high + 1):
+        draw.line([at(min(xs), 10.0 ** e), at(max(xs), 10.0 ** e)], "#dddddd")
+        draw.text((8, at(0, 10.0 ** e)[1] - 9), f"1e{e}", "black", font)
+    for x in (min(xs), max(xs)):
+        draw.text((at(x, 1)[0] - 8, h - 34), f"{x:g}", "black", font)
+    for k, (name, (colour, points)) in enumerate(curves.items()):
+        draw.line([at(*point) for point in points], colour, 3)
+        draw.text((w - 150, 44 + 20 * k), name, colour, font)
+    return image
+
+def geometry(folder, cfg):
+    """--geometry: the spectrum of a cache's tokens, and what (3)-(6) make of it. A table, and geometry.png."""
+    if not folder:
+        folder = Path("runs/digits")
+        cache_digits(folder)
+    data, p, out = LatentDataset(folder), resolve(cfg).patch_size, Path(cfg.out or "geometry.png")
+    if data.shape[1] % p or len(data) < 2:
+        raise Stop(f"{folder}: {len(data)} latents {data.shape} have no statistics of {p} x {p} tokens")
+    statistics = Statistics(data.shape[0] * p * p)
+    for i in tqdm(range(0, len(data), 64), unit="x 64 latents"):
+        rows = range(i, min(i + 64, len(data)))
+        statistics.update(tokens(data.rows(rows, [False] * len(rows)), p))
+    lam = torch.linalg.eigvalsh(torch.from_numpy(statistics.cov)).flip(0).clamp(min=0)
+    some = range(0, len(data), -(-len(data) // 400))
+    some = tokens(data.rows(some, [False] * len(some)), p)
+    some = some[torch.randperm(len(some), generator=rng(ORDER, 0))][:60_000]
+    fit, held_out = some.chunk(2)
+
+    print(f"{folder}: {statistics.n:,} tokens of {len(lam)} dimensions, {p} x {p} positions each; variance per dimension "
+          f"{lam.mean():.3f}, largest {lam[0]:.3g}, median {lam[len(lam) // 2]:.3g}, smallest {lam[-1]:.3g}\n")
+    print("target   effective rank   participation ratio   share of variance in the smaller half")
+    spectra = {"x": lam, "eps": torch.ones_like(lam), "v": lam + 1}      # x and eps are independent
+    for target, spectrum in spectra.items():
+        print(f"{target:6} {effective_rank(spectrum):12.1f} {participation_ratio(spectrum):17.1f} "
+              f"{spectrum[len(lam) // 2:].sum() / spectrum.sum():23.1%}")
+    print("\n   t     R_x   R_eps     R_v   linear probe: x       v   gain in the smallest direction: x       v")
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+        risk, probe, gain = gaussian_risk(lam, t), linear_probe(fit, held_out, t), gaussian_gain(lam[-1].item(), t)
+        print(f"{t:4.1f} {risk['x']:7.4f} {risk['eps']:7.4f} {risk['v']:7.4f} {probe['x']:16.4f} {probe['v']:7.4f} "
+              f"{gain['x']:32.4f} {gain['v']:7.3f}")
+    colours, times = {"x": "#1f77b4", "eps": "#7f7f7f", "v": "#d62728"}, [k / 100 for k in range(1, 100)]
+    left = plot({f"y_{k}": (colours[k], [(i + 1, v) for i, v in enumerate(s.tolist())]) for k, s in spectra.items()},
+                "Eigenvalues of the targets' covariance, by rank")
+    right = plot({f"R_{k}": (colours[k], [(t, gaussian_risk(lam, t)[k]) for t in times]) for k in spectra},
+                 "Least error per dimension, over t (0: noise)")
+    sheet = Image.new("RGB", (left.width + right.width, left.height))
+    sheet.paste(left, (0, 0))
+    sheet.paste(right, (left.width, 0))
+    with atomic(out) as tmp:
+        sheet.save(tmp, "PNG")
+    print(f"\nwrote {out}")
+
+# ================================================================ the demo
+DEMO = {"hidden_size": 64, "depth": 3, "batch": 64, "steps": 1500, "lr": 3e-3, "cooldown": 1.0, "warmup_epochs": 0.3, "ema": 0.99,
+        "sample_steps": 25, "cfg": 1.5, "interval": (0.0, 1.0), "micro_batch": 64, "sample_every": 0, "log_every": 250, "save_every": 10_000}
+
+def demo(given):
+    """--demo: the same network, loss, loop and sampler on drawn digits, for x and for v from the same weights, data
+    order and noise. Prints the table and writes the picture: rows of real digits, of x's and of v's."""
+    started, targets = time.time(), [given["target"]] if "target" in given else ["x", "v"]
+    out = Path(given.pop("out", "") or "runs/demo" + "".join(f"-{k}-{v}" for k, v in sorted(given.items()) if k != "target"))
+    cfg = Config(**DEMO | {"data": "runs/digits"} | given)
+    device, n = pick_device(cfg.device), 2000
+    cache_digits(Path(cfg.data))
+    codec = load_vae(f"{cfg.data}/codec.safetensors")
+    judge = DigitNet(*draw_digits(4000, seed=2))
+    real, labels = draw_digits(2 * n, seed=3)         # two held-out halves: to compare with, and to be compared
+    print(f"the judge reads {judge.accuracy(real, labels):.1%} of the held-out digits right [{time.time() - started:.0f} s]")
+
+    def spaces(images):
+        """Mean and covariance in the two feature spaces: pooled pixels, and what the judge looks at."""
+        for features in (F.avg_pool2d(images.float(), 4).flatten(1), judge(images)[0]):
+            statistics = Statistics(features.shape[1])
+            statistics.update(features)
+            yield statistics.mean, statistics.cov
+
+    reference, low = list(spaces(real[:n])), tokens(encode(codec, real / 127.5 - 1), 1)[:, 64:].var(0).sum()
+    def row(name, loss, images, z):
+        pooled, learned = (frechet_distance(*a, *b) for a, b in zip(spaces(images), reference))
+        return (f"{name:10} {loss:>8} {pooled:15.2f} {learned:17.1f} {tokens(z, 1)[:, 64:].var(0).sum() / low:15.2f} "
+                f"{judge.accuracy(images, labels[:n]):14.1%}")
+
+    z = encode(codec, real[n:] / 127.5 - 1)
+    table, shown = [row("real", "", real[n:], z), row("real, coded", "", pictures(codec, z), z)], [real[:20]]
+    for target in targets:
+        run = train(replace(cfg, target=target, out=str(out / target)))
+        loss = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
+        net, _ = load_network(run)
+        z = generate(net.to(device), labels[:n], 0, replace(cfg, target=target), device).cpu()
+        images = pictures(codec, z)
+        table.append(row(f"{target}-pred.", f"{loss:.3f}", images, z))
+        shown.append(images[:20])
+        print(f"[{time.time() - started:.0f} s]")
+    save_grid(out / "demo.png", F.interpolate(torch.cat(shown).float(), scale_factor=3).to(torch.uint8), 10)
+    print("\n              loss   pooled pixels   digit features   low directions   read right\n" + "\n".join(table))
+    print("\nFrechet distances to held-out digits (of pooled pixels, of a digit classifier's features): lower is better, 'real' "
+          f"is the floor.\nlow directions: energy in the 64 of 128 directions where data has least, data's own is 1.\n"
+          f"{out / 'demo.png'}: two rows each of real digits, {', '.join(targets)}. [{time.time() - started:.0f} s]")
+
 # ================================================================ command line
 def main():
     parser = make_parser(__doc__)
+    parser.add_argument("--demo", action="store_true", help="x against v on drawn digits, in two minutes, without data or GPU")
+    parser.add_argument("--geometry", nargs="?", const="", metavar="LATENTS", help="what the targets look like on a cache (or the digits)")
     parser.add_argument("--sample", metavar="CKPT", help="sample from a run folder, its ckpt.pt, or the paper's checkpoint-last.pth")
     parser.add_argument("--classes", type=int, nargs="+", metavar="Y", help="with --sample: a PNG grid, one picture per class given")
     parser.add_argument("--n", type=positive, help="with --sample: this many pictures of all classes, as an npz")
@@ -604,12 +761,16 @@ def main():
         parser.add_argument("--" + f.name.replace("_", "-"), default=SUPPRESS, **kind,
                             help=f"{f.metadata['help']} ({f.default})" if f.default else f.metadata["help"])
     given = vars(parser.parse_args())
-    sample, classes, n = (given.pop(k) for k in ("sample", "classes", "n"))
+    demonstrate, folder, sample, classes, n = (given.pop(k) for k in ("demo", "geometry", "sample", "classes", "n"))
     given |= {"interval": tuple(given["interval"])} if "interval" in given else {}
     if sample:
         return sample_command(sample, classes, n, given)
     if classes or n:
         raise Stop("--classes and --n go with --sample CKPT")
+    if demonstrate:
+        return demo(given)
+    if folder is not None:
+        return geometry(folder, Config(**given))
     train(Config(**given))
 
 if __name__ == "__main__":

@@ -17,36 +17,38 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save as safetensors_bytes
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 VAE = "black-forest-labs/FLUX.2-klein-4B"             # Apache-2.0; the VAE is in its folder vae/
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".mpo")
+RANK, WORLD = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))   # torchrun's
 
 # ---------------------------------------------------------------- faults, files, devices
 class Stop(Exception):
-    """A fault that one line explains. status is the exit status: 2 for bad usage, 1 for a fault on the way."""
-    def __init__(self, line, status=2):
-        super().__init__(line)
-        self.status = status
+    """Stop(line, status=2): a fault that one line explains; exit status 2 for bad usage, 1 for a fault on the way."""
+
+def need(condition, line, status=2):
+    if not condition:
+        raise Stop(line, status)
 
 def run(main):
     """Calls main(); a foreseeable fault becomes one line on stderr and an exit status, not a traceback."""
     try:
         return main()
     except Stop as e:
-        line, status = str(e), e.status
+        line, status = (*e.args, 2)[:2]
     except KeyboardInterrupt:
-        line, status = "interrupted; the same command continues from what was finished", 130
+        line, status = "interrupted; what was finished is kept", 130
     except (MemoryError, torch.OutOfMemoryError):
         line, status = "out of memory; lower --batch (encode.py, fid.py) or --micro-batch (jlt.py)", 1
     except OSError as e:                              # disk full, no permission, a network drive gone
-        line, status = f"{e.filename or 'writing'}: {e.strerror or e}; what was finished before is kept", 1
+        line, status = f"{e.filename or 'writing'}: {e.strerror or e}; what was finished is kept", 1
     print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(status)
 
 def make_parser(doc):
-    """An argparse parser whose complaints are one line: without the usage before them."""
+    """An argparse parser whose complaints are one line, without the usage before them."""
     return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -57,13 +59,12 @@ def positive(text):
 
 @contextmanager
 def atomic(path):
-    """Yields a temporary name beside `path`, renamed onto it on success and removed on failure: whoever reads
-    `path` finds the old file or all of the new one, after a power cut too."""
+    """Yields a temporary name, renamed to `path` on success: readers find the old file or all of the new one."""
     tmp = Path(path).with_name(f".tmp.{Path(path).name}")
     try:
         yield tmp
         with open(tmp, "rb+") as file:
-            os.fsync(file)
+            os.fsync(file)                            # after a power cut, too
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -72,10 +73,10 @@ def pick_device(name=None):
     """"cuda", "cuda:1", "mps", "cpu" or None, the best there is; under torchrun every rank has its own GPU."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = (name or best).partition(":")
-    index = int(index if index.isdecimal() else os.environ.get("LOCAL_RANK", 0))
-    if kind not in ("cpu", best) or kind == "cuda" and index >= torch.cuda.device_count():
-        raise Stop(f"--device {name or f'cuda:{index}'}: not on this machine, which has {best}")
-    return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+    index = int(index if index.isdecimal() else os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
+    need(kind == "cpu" or kind == best and index < max(1, torch.cuda.device_count()),
+         f"--device {name or f'cuda:{index}'}: not on this machine, which has {best}")
+    return torch.device(kind, index)
 
 # ---------------------------------------------------------------- images
 def list_images(folder):
@@ -106,22 +107,18 @@ def to_uint8(images):
     """Images (B, 3, H, W) in [-1, 1] -> uint8."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-def save_grid(path, images, columns, gap=0):
-    """Writes uint8 images (N, 3, H, W) as one PNG, row by row, `gap` white pixels apart."""
-    n, _, h, w = images.shape
-    sheet = torch.full((-(-n // columns) * (h + gap) - gap, columns * (w + gap) - gap, 3), 255, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        y, x = i // columns * (h + gap), i % columns * (w + gap)
-        sheet[y:y + h, x:x + w] = image.permute(1, 2, 0)
+def save_grid(path, images, columns):
+    """Writes uint8 images (N, 3, H, W), N a multiple of `columns`, as one PNG, row by row, without gaps."""
+    sheet = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     with atomic(path) as tmp:
-        Image.fromarray(sheet.numpy()).save(tmp, "PNG")
+        Image.fromarray(sheet.cpu().numpy()).save(tmp, "PNG")
 
 # ---------------------------------------------------------------- the VAE
 def load_vae(name=VAE, device="cpu"):
-    """The frozen AutoencoderKLFlux2 of a hub repository or local folder (there, or in its vae/). Raises Stop where
-    there is none, or where the weights are another model's."""
+    """The frozen AutoencoderKLFlux2 of a hub repository or local folder (there, or in its vae/), or the digits' codec.
+    Raises Stop where there is none, or where the weights are another model's."""
     if str(name).endswith("codec.safetensors"):
-        return LinearCodec(**load_file(name))
+        return load_file(name)
     from diffusers import AutoencoderKLFlux2, logging  # here: the import takes seconds
     logging.set_verbosity_error()
     for subfolder in ("vae", None):
@@ -131,9 +128,9 @@ def load_vae(name=VAE, device="cpu"):
                 return vae.eval().requires_grad_(False).to(device)
             reason = "other weights than an AutoencoderKLFlux2 has"
         except Exception as e:                        # of many kinds: the hub's, diffusers', safetensors'
-            reason = " ".join(str(e).split())[:160]
-    raise Stop(f"--vae {name}: cannot be loaded ({reason}); give a folder with an AutoencoderKLFlux2, such as "
-               f"flux2 after: hf download {VAE} --include 'vae/*' --local-dir flux2")
+            reason = str(e)[:160]
+    raise Stop(f"--vae {name}: cannot be loaded ({reason}); give a folder with an AutoencoderKLFlux2, such as flux2 after: "
+               f"hf download {VAE} --include 'vae/*' --local-dir flux2")
 
 def normalization(vae):
     """Mean and std (1, 128, 1, 1) of the VAE's own BatchNorm, which diffusers leaves to its caller."""
@@ -144,8 +141,8 @@ def normalization(vae):
 def encode(vae, images):
     """Images (B, 3, H, W) in [-1, 1] -> normalised latents (B, 128, H/16, W/16), float32: the posterior's mode,
     2x2 pixels to channels (c*4 + row*2 + column), BatchNorm statistics."""
-    if isinstance(vae, LinearCodec):
-        return vae.encode(images)
+    if isinstance(vae, dict):                         # the digits' codec, below
+        return torch.einsum("bchw,cd->bdhw", F.pixel_unshuffle(images, 16) - vae["mean"], vae["basis"]) / vae["scale"]
     mean, std = normalization(vae)
     latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode().float()   # (B, 32, H/8, W/8)
     return (F.pixel_unshuffle(latents, 2) - mean) / std
@@ -153,8 +150,9 @@ def encode(vae, images):
 @torch.no_grad()
 def decode(vae, latents):
     """The inverse: normalised latents (B, 128, h, w) -> images (B, 3, 16h, 16w), float32."""
-    if isinstance(vae, LinearCodec):
-        return vae.decode(latents)
+    if isinstance(vae, dict):
+        patches = torch.einsum("bdhw,cd->bchw", latents.cpu().float() * vae["scale"], vae["basis"]) + vae["mean"]
+        return F.pixel_shuffle(patches, 16)
     mean, std = normalization(vae)
     latents = F.pixel_shuffle(latents.to(vae.device).float() * std + mean, 2)           # (B, 32, 2h, 2w)
     return vae.decode(latents.to(vae.dtype)).sample.float()
@@ -162,60 +160,48 @@ def decode(vae, latents):
 # ---------------------------------------------------------------- the built-in data: digits, and a codec for them
 STROKES = ("50 20 13 16 29 59 86 83 50 20", "22 50 59", "12 30 60 82 74 19 89", "11 40 70 82 64 44 64 86 78 49 18",
            "60 16 86 66 60 69", "80 20 14 54 86 78 49 18", "70 32 15 18 49 78 86 65 35 16", "10 80 39",
-           "54 22 20 60 82 54 16 18 49 79 86 54", "29 67 84 81 50 21 13 34 64 83")  # pen paths of 0 to 9: x y on a 10 x 10 grid
+           "54 22 20 60 82 54 16 18 49 79 86 54", "29 67 84 81 50 21 13 34 64 83")      # 0 to 9: pen paths, "xy" each
 
 def draw_digits(n, seed):
-    """Images uint8 (n, 3, 32, 32) and labels (n,) of the classes 0, 1, ..., 9, 0, ...: bright strokes on dark paper, of
-    random colour, thickness, shape, slant, rotation, size and position; a pixel is ink by its distance to the path."""
+    """Images uint8 (n, 3, 32, 32) and labels (n,) of classes 0, 1, ..., 9, 0, ...: bright strokes on dark paper, of
+    random colour, thickness, shape, slant, rotation, size and position. A pixel is ink by its distance to the path."""
     g = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)
     paths = torch.tensor([[int(xy[0]) + 1j * int(xy[1]) for xy in (s.split() + 12 * [s[-2:]])[:12]] for s in STROKES])
     labels = torch.arange(n) % 10
-    p = paths[labels] / 9 - (0.5 + 0.5j) + 0.012 * torch.complex(*torch.randn(2, n, 12, generator=g))     # (n, 12)
+    p = paths[labels] / 9 - (0.5 + 0.5j) + 0.012 * torch.complex(*torch.randn(2, n, 12, generator=g))    # (n, 12)
     p = 0.75 * p.real + uniform(-0.15, 0.15, 1) * p.imag + 1j * p.imag
     p = p * torch.polar(uniform(20, 24, 1), uniform(-0.12, 0.12, 1)) + torch.complex(*uniform(14.5, 17.5, 2, 1).unbind(1))
-    pixels = (torch.arange(32) + 0.5 + 1j * (torch.arange(32)[:, None] + 0.5)).flatten()                  # (1024,)
+    pixels = (torch.arange(32) + 0.5 + 1j * (torch.arange(32)[:, None] + 0.5)).flatten()                 # (1024,)
     width, ink, paper, images = uniform(2.2, 3.6), uniform(0.6, 1, 3, 1), uniform(0, 0.3, 3, 1), []
     for k in torch.arange(n).split(500):
-        start, way = p[k, :-1, None], p[k].diff()[..., None]                                              # (k, 11, 1)
-        along = ((pixels - start) * way.conj()).real / way.abs().square().clamp(min=1e-6)                 # (k, 11, 1024)
-        distance = (pixels - start - along.clamp(0, 1) * way).abs().amin(1)                               # (k, 1024)
+        start, way = p[k, :-1, None], p[k].diff()[..., None]                                             # (k, 11, 1)
+        along = ((pixels - start) * way.conj()).real / way.abs().square().clamp(min=1e-6)                # (k, 11, 1024)
+        distance = (pixels - start - along.clamp(0, 1) * way).abs().amin(1)                              # (k, 1024)
         cover = (width[k, None] / 2 - distance + 0.5).clamp(0, 1)[:, None]
         images.append(((paper[k] + (ink[k] - paper[k]) * cover) * 255).round().to(torch.uint8).view(-1, 3, 32, 32))
     return torch.cat(images), labels
 
-class LinearCodec:
-    """FLUX.2's VAE in miniature: each 16x16x3 patch to its 128 principal components, divided by one common scale, so
-    that directions of low variance stay low. mean (768, 1, 1), basis (768, 128), scale ()."""
-    def __init__(self, mean, basis, scale):
-        self.mean, self.basis, self.scale = mean, basis, scale
-
-    def encode(self, images):
-        return torch.einsum("bchw,cd->bdhw", F.pixel_unshuffle(images.cpu(), 16) - self.mean, self.basis) / self.scale
-
-    def decode(self, latents):
-        return F.pixel_shuffle(torch.einsum("bdhw,cd->bchw", latents.cpu() * self.scale, self.basis) + self.mean, 16)
-
 def cache_digits(folder, n=10_000):
-    """Writes n digits as a cache like any other, with the codec beside them, unless they are there."""
+    """Writes n digits as a cache like any other, unless they are there, with their codec, FLUX.2's VAE in miniature: a
+    16x16x3 patch becomes its 128 principal components, all over one scale, so that low variances stay low."""
     if not (folder / "meta.json").exists():
-        images, labels = draw_digits(n, seed=1)
-        patches = F.pixel_unshuffle(images / 127.5 - 1, 16).movedim(1, -1).flatten(0, 2)                  # (4n, 768)
-        values, vectors = torch.linalg.eigh(torch.cov(patches.T))                                         # ascending
+        images = draw_digits(n, seed=1)[0] / 127.5 - 1
+        patches = F.pixel_unshuffle(images, 16).movedim(1, -1).flatten(0, 2)                             # (4n, 768)
+        values, vectors = torch.linalg.eigh(torch.cov(patches.T))                                        # ascending
         codec = {"mean": patches.mean(0)[:, None, None], "basis": vectors[:, -128:].flip(1).contiguous(),
                  "scale": values[-128:].mean().sqrt()}
+        z, meta = encode(codec, images), {"vae": str(folder / "codec.safetensors"), "classes": [*"0123456789"]}
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "codec.safetensors").write_bytes(safetensors_bytes(codec))
-        z = LinearCodec(**codec).encode(images / 127.5 - 1)
-        save_shard(folder / "latents_00000.safetensors", z, z, labels)    # no mirror images: a mirrored 3 is no digit
-        meta = {"vae": str(folder / "codec.safetensors"), "shards": 1, "classes": [*"0123456789"]}
+        (folder / "codec.safetensors").write_bytes(save(codec))
+        save_shard(folder / "latents_00000.safetensors", z, z, torch.arange(n) % 10)    # a mirrored 3 is no digit
         (folder / "meta.json").write_text(json.dumps(meta))
 
 # ---------------------------------------------------------------- the cache
 def save_shard(path, latents, flipped, labels, **header):
     tensors = {"latents": latents.half().contiguous(), "latents_flip": flipped.half().contiguous(), "labels": labels.int()}
     with atomic(path) as tmp:                         # one key: safetensors writes several in random order
-        tmp.write_bytes(safetensors_bytes(tensors, {"encode": json.dumps(header)}))
+        tmp.write_bytes(save(tensors, {"encode": json.dumps(header)}))
 
 def open_shard(path):
     """-> header (dict), tensors by name: mapped from disk, not read. Raises Stop if damaged."""
@@ -224,9 +210,8 @@ def open_shard(path):
             shard = {key: file.get_tensor(key) for key in file.keys()}
             header = json.loads((file.metadata() or {}).get("encode", "{}"))
         n, _, _, _ = shape = shard["latents"].shape
-        if shard["labels"].shape != (n,) or shard.get("latents_flip", shard["latents"]).shape != shape:
-            raise ValueError("tensors of different lengths")
-    except (SafetensorError, OSError, KeyError, ValueError) as e:
+        need(shard["labels"].shape == (n,) and shard.get("latents_flip", shard["latents"]).shape == shape, "lengths differ")
+    except (SafetensorError, OSError, KeyError, ValueError, Stop) as e:
         raise Stop(f"{path}: no shard of latents (N, C, H, W) and labels (N,): {e}; delete it, encode again", 1) from None
     return header, shard
 
@@ -236,22 +221,19 @@ class LatentDataset(torch.utils.data.Dataset):
     cache that is missing, unfinished, damaged or mixed."""
     def __init__(self, folder):
         files, meta = sorted(Path(folder).glob("latents_*.safetensors")), Path(folder, "meta.json")
-        if not files:
-            raise Stop(f"{folder}: holds no latents_*.safetensors; make them: python encode.py IMAGES --out {folder}")
+        need(files, f"{folder}: holds no latents_*.safetensors; make them: python encode.py IMAGES --out {folder}")
         headers, self.shards = zip(*map(open_shard, files))
         want = headers[0].get("shards", len(files))
-        if want != len(files):
-            raise Stop(f"{folder}: {len(files)} of {want} shards; the same encode.py command finishes it")
+        need(want == len(files), f"{folder}: {len(files)} of {want} shards; the same encode.py command finishes it")
         self.meta = json.loads(meta.read_text()) if meta.exists() else {}
         self.ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.labels = torch.cat([shard["labels"] for shard in self.shards]).long()
         self.shape, *other = {tuple(shard["latents"].shape[1:]) for shard in self.shards}         # (C, H, W)
-        if other:
-            raise Stop(f"{folder}: mixes latents {self.shape} and {other[0]}; keep one cache in a folder")
+        need(not other, f"{folder}: mixes latents {self.shape} and {other}; keep one cache in a folder")
         low, high = (int(f(self.labels)) for f in (torch.amin, torch.amax)) if len(self) else (-1, -1)
         self.num_classes = len(self.meta.get("classes", range(high + 1)))
-        if not 0 <= low <= high < self.num_classes:
-            raise Stop(f"{folder}: no latents, or labels ({low} to {high}) outside its {self.num_classes} classes")
+        need(0 <= low <= high < self.num_classes,
+             f"{folder}: no latents, or labels ({low} to {high}) outside its {self.num_classes} classes")
 
     def __len__(self):
         return len(self.labels)
@@ -259,7 +241,6 @@ class LatentDataset(torch.utils.data.Dataset):
     def item(self, i, flip=False):
         i = range(len(self))[i]
         return self.rows([i], [flip])[0].float(), int(self.labels[i])
-
     __getitem__ = item
 
     def rows(self, indices, flips):
@@ -270,30 +251,23 @@ class LatentDataset(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------- the command
 class Photos(torch.utils.data.Dataset):
-    """Decodes and crops, in the DataLoader's processes: a list of indices -> those that could be read, their images
-    uint8 (B, 3, S, S), and [name, reason] of the others."""
+    """File number i -> i, its crop uint8 (S, S, 3), why it could not be read. Runs in the DataLoader's processes."""
     def __init__(self, root, names, size):
         self.root, self.names, self.size = root, names, size
 
-    def __getitem__(self, indices):
-        good, images, bad = [], np.empty((len(indices), self.size, self.size, 3), np.uint8), []
-        for i in indices:
-            try:
-                images[len(good)] = center_crop(open_rgb(os.path.join(self.root, self.names[i])), self.size)
-                good.append(i)
-            except Exception as e:                    # Pillow raises whatever the file's bytes lead it to
-                bad.append([self.names[i], " ".join(str(e).split()) or type(e).__name__])
-        return good, torch.from_numpy(images[:len(good)]).permute(0, 3, 1, 2), bad
+    def __getitem__(self, i):
+        try:
+            return i, np.array(center_crop(open_rgb(os.path.join(self.root, self.names[i])), self.size)), ""
+        except Exception as e:                        # Pillow raises whatever the file's bytes lead it to
+            return i, np.zeros((self.size, self.size, 3), np.uint8), " ".join(str(e).split()) or type(e).__name__
 
 def scan(folder):
     """-> root, class names, file names, labels; the classes are the sorted folders of `folder`[/train]."""
     root = os.path.join(folder, "train") if os.path.isdir(os.path.join(folder, "train")) else folder
-    if not os.path.isdir(root):
-        raise Stop(f"{root}: not a folder; give the one that holds the class folders")
+    need(os.path.isdir(root), f"{root}: not a folder; give the one that holds the class folders")
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     files = [(os.path.join(c, f), label) for label, c in enumerate(classes) for f in list_images(os.path.join(root, c))]
-    if not files:
-        raise Stop(f"{root}: no images in class folders; arrange them as {os.path.join(root, 'CLASS', 'image.jpg')}")
+    need(files, f"{root}: no images in class folders; arrange them as {os.path.join(root, 'CLASS', 'image.jpg')}")
     return root, classes, *map(list, zip(*files))
 
 def main():
@@ -308,64 +282,63 @@ def main():
     add("--workers", default=os.cpu_count(), type=positive, help="processes that decode images (%(default)s)")
     add("--device", help="cuda, mps or cpu (the best there is)")
     args = parser.parse_args()
-    if args.size % 16:
-        raise Stop(f"--size {args.size}: the latent grid needs a multiple of 16")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    need(args.size % 16 == 0, f"--size {args.size}: the latent grid needs a multiple of 16")
     out, device, (root, classes, names, labels) = args.out, pick_device(args.device), scan(args.images)
     vae = load_vae(args.vae, device)
 
-    # What all shards of a cache have in common, in meta.json. (Its decoder may be replaced by another.)
+    # What all shards of a cache have in common, in meta.json. (The decoder may be replaced by another.)
+    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
     weights = b"".join(v.cpu().numpy().tobytes() for k, v in vae.state_dict().items() if "decoder" not in k and "post" not in k)
     parts = [range(k, min(k + args.shard, len(names))) for k in range(0, len(names), args.shard)]
-    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
     meta = {"vae": args.vae, "encoder": digest(weights), "files": digest(os.fsencode("\0".join(names))), "size": args.size,
             "shards": len(parts), "classes": classes}
     out.mkdir(parents=True, exist_ok=True)
-    paths, old = [out / f"latents_{k:05d}.safetensors" for k in range(len(parts))], meta
-    if (out / "meta.json").exists():
-        old = json.loads((out / "meta.json").read_text())
+    paths, meta_path = [out / f"latents_{k:05d}.safetensors" for k in range(len(parts))], out / "meta.json"
+    old = json.loads(meta_path.read_text()) if meta_path.exists() else meta
     for key in ("encoder", "size", "files", "shards"):
-        if old.get(key) != meta[key]:
-            raise Stop(f"{out}: made with other {key} ({old.get(key)}, now {meta[key]}); give another --out")
-    if rank == 0:
-        with atomic(out / "meta.json") as tmp:
+        need(old.get(key) == meta[key], f"{out}: made with other {key} ({old.get(key)}, now {meta[key]}); give another --out")
+    if RANK == 0:
+        with atomic(meta_path) as tmp:
             tmp.write_text(json.dumps(old, indent=1))
-    todo = [k for k in range(rank, len(parts), world) if not paths[k].exists()]
+    todo = [k for k in range(RANK, len(parts), WORLD) if not paths[k].exists()]
     print(f"{out}: {len(names):,} files of {len(classes)} classes; {sum(p.exists() for p in paths)} of {len(parts)} shards "
           "were there already", file=sys.stderr)
 
     batches = [parts[k][b:b + args.batch] for k in todo for b in range(0, len(parts[k]), args.batch)]
-    loader = iter(torch.utils.data.DataLoader(Photos(root, names, args.size), batch_size=None, sampler=batches,
-                                              num_workers=args.workers, pin_memory=device.type == "cuda"))
+    loader = iter(torch.utils.data.DataLoader(Photos(root, names, args.size), batch_sampler=batches, num_workers=args.workers,
+                                              pin_memory=device.type == "cuda"))
     with ThreadPoolExecutor(1) as writer, tqdm(total=sum(map(len, batches)), unit="image") as bar:
         writing = writer.submit(int)                  # a shard is written while the GPU is at the next
         for k in todo:
             latents, kept, skipped = [], [], []
             for _ in range(0, len(parts[k]), args.batch):
-                good, images, bad = next(loader)
-                x = images.to(device, non_blocking=True) / 127.5 - 1                    # (B, 3, S, S)
+                index, images, why = next(loader)     # (B,), uint8 (B, S, S, 3), reasons
+                for i, reason in zip(index.tolist(), why):
+                    if reason:
+                        skipped.append([names[i], reason])
+                        bar.write(f"skipped {ascii(names[i])}: {reason}", file=sys.stderr)
+                good = torch.tensor([not reason for reason in why])
+                x = images[good].to(device, non_blocking=True).permute(0, 3, 1, 2) / 127.5 - 1      # (B, 3, S, S)
                 latents.append(encode(vae, torch.cat([x, x.flip(-1)])).half().cpu().unflatten(0, (2, -1)))
-                kept, skipped = kept + good, skipped + bad
-                for name, why in bad:
-                    bar.write(f"skipped {ascii(name)}: {why}", file=sys.stderr)
-                bar.update(len(good) + len(bad))
+                kept += index[good].tolist()
+                bar.update(len(why))
             writing.result()                          # raises what went wrong there
             writing = writer.submit(save_shard, paths[k], *torch.cat(latents, 1), torch.tensor([labels[i] for i in kept]),
                                     vae=args.vae, size=args.size, shard=k, shards=len(parts), skipped=skipped)
         writing.result()
-    if rank:
+    if RANK:
         return                                        # the first process waits for the others and completes the cache
     while not all(path.exists() for path in paths):
         time.sleep(1)
     data, skipped = LatentDataset(out), sum((open_shard(path)[0]["skipped"] for path in paths), [])
-    with atomic(out / "meta.json") as tmp:
+    with atomic(meta_path) as tmp:
         tmp.write_text(json.dumps(meta | {"images": len(data), "skipped": skipped}, indent=1))
     unreadable, some = {name for name, _ in skipped}, range(0, len(data), -(-len(data) // 512))
-    names = [name for name in names if name not in unreadable]
+    photos = Photos(root, [name for name in names if name not in unreadable], args.size)
     std, mean = torch.std_mean(torch.stack([data[i][0] for i in some]), (0, 2, 3))
-    pairs = [x for i in some[::-(-len(some) // 8)] for x in (
-        Photos(root, names, args.size)[[i]][1][0], to_uint8(decode(vae, data[i][0][None]))[0].cpu())]
-    save_grid(out / "reconstructions.png", torch.stack(pairs), columns=4)
+    pairs = [image for i in some[::-(-len(some) // 8)] for image in (
+        torch.from_numpy(photos[i][1]).permute(2, 0, 1), to_uint8(decode(vae, data[i][0][None]))[0].cpu())]
+    save_grid(out / "reconstructions.png", torch.stack(pairs), columns=2 if len(pairs) % 4 else 4)
     print(f"{out}: {len(data):,} images, each with its mirror image, in {len(parts)} shards; {len(skipped)} files skipped; channel "
           f"means {mean.min():.2f} to {mean.max():.2f}, stds {std.min():.2f} to {std.max():.2f} (FLUX.2's VAE: about 0 and 1)")
 

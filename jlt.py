@@ -24,32 +24,29 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn as nn
-import torch.nn.functional as F
+import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from encode import (VAE, LatentDataset, Stop, atomic, cache_digits, decode, draw_digits, encode, load_vae, make_parser,
-                    pick_device, positive, run, save_grid, to_uint8)
+from encode import (RANK, VAE, WORLD, LatentDataset, Stop, atomic, cache_digits, decode, draw_digits, encode, load_vae,
+                    make_parser, need, pick_device, positive, run, save_grid, to_uint8)
 from fid import DigitNet, Statistics, frechet_distance
 
 # ================================================================ configuration
-def flag(default, help, low=-math.inf, high=math.inf):
-    """A field of Config, with the help text and the bounds of its command-line flag."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
+def flag(default, help, low=-math.inf, high=math.inf, choices=None):
+    """A field of Config, with the help text and the limits of its command-line flag."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 MODELS = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}   # depth, width, heads: the DiT family
 
 @dataclass(frozen=True)
 class Config:
     """The paper's run (section 4.1, JLT-B/1). Every field is a flag: sample_steps is --sample-steps."""
-    # what the network predicts: the only thing in which the paper's two runs differ
-    target: str = flag("x", "x: the clean latent; eps: the noise; v: the velocity")
+    # what the network predicts, the one difference between the paper's two runs
+    target: str = flag("x", "x: the clean latent; eps: the noise; v: the velocity", choices=("x", "eps", "v"))
     # model; 0: as its name says
-    model: str = flag("B/1", "B, L or XL, a slash, patch size 1 or 2")
+    model: str = flag("B/1", "size, a slash, patch size", choices=[f"{m}/{p}" for m in MODELS for p in (1, 2)])
     depth: int = flag(0, "number of blocks", 0)
     hidden_size: int = flag(0, "width", 0)
     num_heads: int = flag(0, "attention heads (of about 64 channels, if the width is given)", 0)
@@ -62,11 +59,9 @@ class Config:
     lr: float = flag(0.0, "learning rate; 0: 5e-5 * batch / 256", 0)
     warmup_epochs: float = flag(5.0, "epochs of linear warm-up; the rate is constant afterwards", 0)
     cooldown: float = flag(0.0, "share of the steps at the end in which the rate falls to 0; the paper: none", 0, 1)
-    clip: float = flag(1.0, "largest norm of the gradient", 1e-6)
     ema: float = flag(0.9999, "decay of the averaged weights, those that sample; 0.99 for a run of 1,000 steps", 0, 1)
     label_drop: float = flag(0.1, "share of labels replaced by the null class, for guidance", 0, 1)
-    p_mean: float = flag(-0.8, "t = sigmoid(n), n ~ N(p_mean, p_std^2), for every target")
-    p_std: float = flag(0.8, "see p-mean", 0)
+    logit_t: tuple = flag((-0.8, 0.8), "t = sigmoid(n), n normal with this mean and standard deviation, for every target")
     t_eps: float = flag(0.05, "floor of the divisors 1 - t and t, in training and sampling", 1e-6, 1)
     seed: int = flag(0, "of weights, data order and noise", 0)
     # sampling
@@ -81,37 +76,30 @@ class Config:
     save_every: int = flag(2_500, "steps between checkpoints", 1)
     sample_every: int = flag(10_000, "steps between pictures of samples; 0: none", 0)
     device: str = flag("", "cuda, mps or cpu (the best there is)")
-    precision: str = flag("auto", "bf16 or fp32 matrix products; auto: bf16 on cuda")
-    compile: str = flag("auto", "torch.compile, on or off; auto: on cuda")
+    precision: str = flag("auto", "bf16 or fp32 matrix products; auto: bf16 on cuda", choices=("auto", "bf16", "fp32"))
+    compile: str = flag("auto", "torch.compile; auto: on cuda", choices=("auto", "on", "off"))
 
     def __post_init__(self):
-        choices = {"target": ("x", "eps", "v"), "model": [f"{m}/{p}" for m in MODELS for p in (1, 2)],
-                   "precision": ("auto", "bf16", "fp32"), "compile": ("auto", "on", "off")}
         for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            name = f"--{f.name.replace('_', '-')} {value}"
-            if value not in choices.get(f.name, (value,)):
-                raise Stop(f"{name}: choose one of {', '.join(choices[f.name])}")
-            for number in (value,) if f.type in (int, float) else value if f.type is tuple else ():
-                if not (math.isfinite(number) and low <= number <= high):
-                    raise Stop(f"{name}: needs a finite number" + f" from {low} to {high}" * math.isfinite(low))
-        if self.interval[0] >= self.interval[1]:
-            raise Stop(f"--interval {self.interval}: low must be below high")
+            value, (_, low, high, choices) = getattr(self, f.name), f.metadata.values()
+            numbers = [x for x in (value if f.type is tuple else (value,)) if f.type is not str]
+            need(value in (choices or (value,)) and all(math.isfinite(x) and low <= x <= high for x in numbers),
+                 f"--{f.name.replace('_', '-')} {value}: needs " + (" or ".join(choices or [f"finite numbers, {low} to {high}"])))
+        need(self.interval[0] < self.interval[1], f"--interval {self.interval}: low must be below high")
+        need(self.logit_t[1] >= 0, f"--logit-t {self.logit_t}: a standard deviation is not negative")
 
 # What may differ when a run is continued, because the weights stay what they would have been.
-FREE = {"steps", "data", "out", "vae", "log_every", "save_every", "sample_every", "device", "precision", "compile",
-        "sample_steps", "cfg", "interval"}
+FREE = {"steps", "data", "out", "vae", "log_every", "save_every", "sample_every", "device", "compile", "sample_steps",
+        "cfg", "interval"}
 
 def resolve(cfg):
     """Config with the derived values filled in."""
-    name, patch = cfg.model.split("/")
-    depth, width, heads = MODELS[name]
+    (name, patch), (depth, width, heads) = cfg.model.split("/"), MODELS[cfg.model.split("/")[0]]
     if cfg.hidden_size not in (0, width):             # heads of 64 channels or more, in multiples of 4 for RoPE
         width = cfg.hidden_size
         heads = max((n for n in range(1, width // 64 + 1) if width % (4 * n) == 0), default=1)
     micro = cfg.micro_batch or max(n for n in range(1, min(cfg.batch, 256) + 1) if cfg.batch % n == 0)
-    if cfg.batch % micro:
-        raise Stop(f"--micro-batch {micro}: does not divide --batch {cfg.batch}")
+    need(cfg.batch % micro == 0, f"--micro-batch {micro}: does not divide --batch {cfg.batch}")
     return replace(cfg, depth=cfg.depth or depth, hidden_size=width, num_heads=cfg.num_heads or heads, micro_batch=micro,
                    patch_size=cfg.patch_size or int(patch), lr=cfg.lr or 5e-5 * cfg.batch / 256,
                    out=cfg.out or f"runs/{name}-{patch}-{cfg.target}")
@@ -141,8 +129,8 @@ class RMSNorm(nn.Module):
         h = x.float()
         return (self.weight * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
-def modulate(h, shift, scale):
-    return h * (1 + scale[:, None]) + shift[:, None]  # (B, N, D), (B, D), (B, D)
+def modulate(h, shift, scale):                        # (B, N, D), (B, D), (B, D)
+    return h * (1 + scale[:, None]) + shift[:, None]
 
 class TimestepEmbedder(nn.Module):
     """t (B,) in [0, 1] -> (B, D). The sinusoids are of t itself; DiT's are of 1000 t."""
@@ -220,17 +208,14 @@ class JLT(nn.Module):
     def __init__(self, input_size=16, patch_size=1, in_channels=128, hidden_size=768, depth=12, num_heads=12,
                  num_classes=1000, bottleneck=0):
         super().__init__()
-        if input_size % patch_size or hidden_size % num_heads or hidden_size // num_heads % 4:
-            raise Stop(f"no such model: {input_size} x {input_size} latents in patches of {patch_size}, width {hidden_size} "
-                       f"in {num_heads} heads (patches must tile the latent, heads have a multiple of 4 channels)")
+        need(input_size % patch_size == 0 and hidden_size % (4 * num_heads) == 0,
+             f"no such model: {input_size} x {input_size} latents in patches of {patch_size}, width {hidden_size} in "
+             f"{num_heads} heads (patches must tile the latent, heads have a multiple of 4 channels)")
         self.grid, self.patch_size, self.in_channels, self.num_classes = input_size, patch_size, in_channels, num_classes
-        p, stem = patch_size, {"proj": nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)}
-        if bottleneck:                                # 128 in the paper's text; its weights have none
-            stem = {"proj1": nn.Conv2d(in_channels, bottleneck, p, p, bias=False), "proj2": nn.Conv2d(bottleneck, hidden_size, 1)}
-        self.x_embedder = nn.Sequential(OrderedDict(stem))
-        self.t_embedder = TimestepEmbedder(hidden_size)
-        # The row after the last class is the null class: no label, for guidance.
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, hidden_size)})
+        c, d, p, b = in_channels, hidden_size, patch_size, bottleneck     # b: 128 in the paper's text, 0 in its weights
+        stem = {"proj1": nn.Conv2d(c, b, p, p, bias=False), "proj2": nn.Conv2d(b, d, 1)} if b else {"proj": nn.Conv2d(c, d, p, p)}
+        self.x_embedder, self.t_embedder = nn.Sequential(OrderedDict(stem)), TimestepEmbedder(d)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, d)})    # the last: no class
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
         cos, sin = rope_tables(input_size // patch_size, hidden_size // num_heads)
@@ -242,8 +227,7 @@ class JLT(nn.Module):
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.flatten(1))              # a patch convolution is a Linear of pixels
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+                m.bias is None or nn.init.zeros_(m.bias)
         for table in (self.y_embedder["embedding_table"], self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(table.weight, std=0.02)
         for layer in (self.final_layer.linear, *(m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer))):
@@ -267,9 +251,8 @@ def velocity(out, z, t, target, t_eps=0.05):
         return (out - z) / (1 - t).clamp_min(t_eps)
     if target == "eps":
         return (z - out) / t.clamp_min(t_eps)
-    if target == "v":
-        return out
-    raise ValueError(f"target {target!r} is none of x, eps, v")
+    need(target == "v", f"target {target!r} is none of x, eps, v")
+    return out
 
 def flow_loss(net, x, y, t, eps, target="x", t_eps=0.05, per_image=False):
     """Mean squared error in velocity space, for every target. x, eps: (B, C, H, W), t: (B,), y: (B,) after label
@@ -319,8 +302,8 @@ def batches(data, cfg, jobs, device):
     ahead by threads. Every epoch is a new order of the data; each image is mirrored half the time."""
     def read(step, m):
         first = step * cfg.batch + m * cfg.micro_batch
-        index = [int(epoch_order(len(data), cfg.seed, p // len(data))[p % len(data)])
-                 for p in range(first, first + cfg.micro_batch)]
+        places = (divmod(p, len(data)) for p in range(first, first + cfg.micro_batch))
+        index = [int(epoch_order(len(data), cfg.seed, epoch)[i]) for epoch, i in places]
         flips = torch.rand(cfg.micro_batch, generator=rng(FLIPS, cfg.seed, step, m)) < 0.5
         x, y = data.rows(index, flips), data.labels[index]
         return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
@@ -335,7 +318,7 @@ def batches(data, cfg, jobs, device):
 def draws(cfg, step, m, x, y, num_classes):
     """Times t (B,), noise eps (B, C, H, W) and labels after dropout (B,) of a micro-batch: the same for every target."""
     g = rng(NOISE, cfg.seed, step, m, device=x.device)
-    t = torch.sigmoid(torch.randn(len(x), generator=g, device=x.device) * cfg.p_std + cfg.p_mean)
+    t = torch.sigmoid(torch.randn(len(x), generator=g, device=x.device) * cfg.logit_t[1] + cfg.logit_t[0])
     eps = torch.randn(x.shape, generator=g, device=x.device)
     drop = torch.rand(len(x), generator=g, device=x.device) < cfg.label_drop
     return t, eps, torch.where(drop, num_classes, y)
@@ -356,14 +339,11 @@ def load_file(path):
 def load_run(path, cfg, identity):
     """The checkpoint of a run folder, if it was made with these settings and data; Stop if not."""
     state, new = load_file(path), asdict(cfg) | {"data": identity}
-    free = FREE - {"steps"} if cfg.cooldown else FREE                     # a cool-down depends on where it ends
-    try:
-        old = state["config"] | {"data": state["identity"]}
-    except (KeyError, TypeError):
-        raise Stop(f"{path}: not a checkpoint of this program; give another --out") from None
-    other = [f"{k} {old.get(k)} (now {new[k]})" for k in new if k in {"data", *new.keys() - free} and old.get(k) != new[k]]
-    if other:
-        raise Stop(f"{path}: made with other settings: {', '.join(other)}; give another --out")
+    need(isinstance(state, dict) and "identity" in state, f"{path}: not a checkpoint of this program; give another --out")
+    old = state["config"] | {"data": state["identity"]}
+    free = FREE - {"data", "steps"} if cfg.cooldown else FREE - {"data"}  # a cool-down depends on where it ends
+    other = [f"{k} {old.get(k)} (now {new[k]})" for k in new if k not in free and old.get(k) != new[k]]
+    need(not other, f"{path}: made with other settings: {', '.join(other)}; give another --out")
     return state
 
 def load_network(path):
@@ -405,76 +385,65 @@ def pictures(vae, latents):
     """-> uint8 (N, 3, H, W) on the CPU, decoded 32 at a time."""
     return torch.cat([to_uint8(decode(vae, z)).cpu() for z in latents.split(32)])
 
-def sample_grid(net, vae, labels, cfg, device, out):
-    """A PNG without gaps, as square as the number allows."""
-    micro = cfg.micro_batch or 64
-    images = [pictures(vae, generate(net, labels[i:i + micro], i, cfg, device))
-              for i in tqdm(range(0, len(labels), micro), unit="batch")]
-    rows = max(d for d in range(1, math.isqrt(len(labels)) + 1) if len(labels) % d == 0)
-    save_grid(out, torch.cat(images), len(labels) // rows)
-
 def sample_file(net, vae, n, cfg, device, out):
     """n images of class i mod num_classes as an npz like ADM's: arr_0, uint8 (n, H, W, 3). Finished batches wait in
     a hidden folder, where several processes share the work and an interrupted run continues."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     micro, digest = cfg.micro_batch or 256, hashlib.sha256(repr((n, cfg)).encode())
     for value in net.state_dict().values():
         digest.update(value.cpu().numpy())
     parts = out.with_name(f".tmp.{out.name}.{digest.hexdigest()[:12]}")
     parts.mkdir(parents=True, exist_ok=True)
     files = [parts / f"{first:09d}.npy" for first in range(0, n, micro)]
-    with tqdm(total=n, unit="image", disable=rank > 0) as bar:
-        for k in range(len(files)):
+    with tqdm(total=n, unit="image", disable=RANK > 0) as bar:
+        for k, path in enumerate(files):
             labels = torch.arange(k * micro, min(n, (k + 1) * micro)) % net.num_classes
-            if k % world == rank and not files[k].exists():
+            if k % WORLD == RANK and not path.exists():
                 images = pictures(vae, generate(net, labels, k * micro, cfg, device)).permute(0, 2, 3, 1)
-                with atomic(files[k]) as tmp, open(tmp, "wb") as file:
-                    np.save(file, images.numpy())
+                with atomic(path) as tmp, open(tmp, "wb") as file:
+                    np.save(file, images.contiguous().numpy())
             bar.update(len(labels))
-    while rank == 0 and not all(file.exists() for file in files):
+    while RANK == 0 and not all(path.exists() for path in files):
         time.sleep(1)                                 # for the other processes
-    if rank == 0:
-        shape = (n, *np.load(files[0], mmap_mode="r").shape[1:])
+    if RANK == 0:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (n, *np.load(files[0], mmap_mode="r").shape[1:])}
         with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for part in files:
-                file.write(np.load(part).tobytes())
+            np.lib.format.write_array_header_1_0(file, header)
+            for path in files:
+                file.write(np.load(path).tobytes())
         shutil.rmtree(parts)
 
 def sample_command(checkpoint, classes, n, given):
-    """--sample: loads, checks, then samples."""
-    if (classes is None) == (n is None):
-        raise Stop("--sample: say what to sample, --classes 207 360 ... or --n 50000")
+    """--sample: n images of all classes as an npz, or one of each class given as a PNG without gaps."""
+    need((classes is None) != (n is None), "--sample: say what to sample, --classes 207 360 ... or --n 50000")
     useless = given.keys() - {"target", "t_eps", "sample_steps", "cfg", "interval", "micro_batch", "out", "vae", "seed",
                               "device", "precision", "compile"}
-    if useless:
-        raise Stop(f"--{min(useless).replace('_', '-')}: has no use with --sample; the checkpoint decides")
+    need(not useless, f"--{min(useless, default='').replace('_', '-')}: has no use with --sample; the checkpoint decides")
     cfg = Config(**given)
     device, out = pick_device(cfg.device), Path(cfg.out or ("samples.npz" if n else "samples.png"))
-    if out.exists() or not out.parent.is_dir():
-        raise Stop(f"{out}: {'exists; move it or give another --out' if out.exists() else 'its folder does not exist'}")
+    need(not out.exists(), f"{out}: exists; move it, or give another --out")
+    need(out.parent.is_dir(), f"{out}: its folder does not exist; make it first")
     net, known = load_network(checkpoint)
     cfg = replace(cfg, **{k: v for k, v in known.items() if k not in given})
-    if classes and not 0 <= min(classes) <= max(classes) < net.num_classes:
-        raise Stop(f"--classes {min(classes)}..{max(classes)}: this model has classes 0 to {net.num_classes - 1}")
+    need(not classes or 0 <= min(classes) <= max(classes) < net.num_classes,
+         f"--classes {classes}: this model has classes 0 to {net.num_classes - 1}")
     vae, net = load_vae(cfg.vae, device), net.to(device)
     print(f"{cfg.target}-prediction, {cfg.sample_steps} Heun steps, guidance {cfg.cfg} on {cfg.interval}, seed {cfg.seed}")
     if n:
         sample_file(net, vae, n, cfg, device, out)
     else:
-        sample_grid(net, vae, torch.tensor(classes), cfg, device, out)
+        micro = torch.tensor(classes).split(cfg.micro_batch or 64)
+        images = [pictures(vae, generate(net, y, k * len(micro[0]), cfg, device)) for k, y in enumerate(tqdm(micro, unit="batch"))]
+        rows = max(d for d in range(1, math.isqrt(len(classes)) + 1) if len(classes) % d == 0)    # as square as it gets
+        save_grid(out, torch.cat(images), len(classes) // rows)
     print(f"wrote {out}")
 
 # ================================================================ training
-PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
-        "NVIDIA A100-SXM4-40GB": 312e12}              # dense bf16 FLOP/s, datasheets; others read mfu 0
+PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}    # dense bf16, datasheets
 
 def forward_flops(net):
     """FLOP of one image's forward pass."""
-    shadow = copy.deepcopy(net).to("meta")
-    with FlopCounterMode(display=False) as counter:
-        shadow(torch.empty(1, net.in_channels, net.grid, net.grid, device="meta"), torch.empty(1, device="meta"),
-               torch.empty(1, dtype=torch.long, device="meta"))
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        copy.deepcopy(net).to("meta")(torch.empty(1, net.in_channels, net.grid, net.grid), torch.empty(1), torch.ones(1).long())
     return counter.get_total_flops()
 
 def train(cfg):
@@ -482,12 +451,10 @@ def train(cfg):
     device, cfg, data = pick_device(cfg.device), resolve(cfg), LatentDataset(cfg.data)
     cfg = replace(cfg, vae=cfg.vae or data.meta.get("vae", VAE))
     out, path, micros = Path(cfg.out), Path(cfg.out, "ckpt.pt"), cfg.batch // cfg.micro_batch
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > micros:
-        raise Stop(f"{world} processes for {micros} micro-batches; give --micro-batch {max(1, cfg.batch // world)} or less")
-    if world > 1 and not dist.is_initialized():       # gloo, on the CPU, carries the flag that says "stop"
+    need(WORLD <= micros, f"{WORLD} processes for {micros} micro-batches; give --micro-batch {max(1, cfg.batch // WORLD)} or less")
+    if WORLD > 1:                                     # gloo, on the CPU, carries the flag that says "stop"
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    chief = rank == 0
+    total = dist.all_reduce if WORLD > 1 else lambda tensor: None         # a sum over the processes, in place
 
     torch.manual_seed(cfg.seed)                       # initial weights: the same on every rank, for every target
     net = JLT(data.shape[1], cfg.patch_size, data.shape[0], cfg.hidden_size, cfg.depth, cfg.num_heads, data.num_classes,
@@ -499,15 +466,14 @@ def train(cfg):
     identity, start = f"{len(data)} latents {data.shape}, labels {hashlib.sha256(data.labels.numpy()).hexdigest()[:8]}", 0
     if path.exists():
         state = load_run(path, cfg, identity)
-        net.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        opt.load_state_dict(state["optimizer"])
+        for part, name in ((net, "model"), (ema, "ema"), (opt, "optimizer")):
+            part.load_state_dict(state[name])
         start = state["step"]
     vae = None
-    if chief:
+    if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         print(f"{out}: {cfg.target}-prediction, {sum(p.numel() for p in params):,} parameters, {len(data):,} latents "
-              f"{data.shape} of {data.num_classes} classes, batch {micros} x {cfg.micro_batch} on {world} x {device}"
+              f"{data.shape} of {data.num_classes} classes, batch {micros} x {cfg.micro_batch} on {WORLD} x {device}"
               + f", continuing at step {start:,}" * (start > 0), flush=True)
         log_file = out / "log.jsonl"                  # what was logged after the checkpoint will come again
         lines = log_file.read_text().splitlines(True) if log_file.exists() else []
@@ -522,8 +488,8 @@ def train(cfg):
     compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
     loss_fn = torch.compile(flow_loss, dynamic=False) if compiled else flow_loss
     warmup = max(1, round(cfg.warmup_epochs * len(data) / cfg.batch))
-    peak = world * PEAK.get(torch.cuda.get_device_name(device), 0) if device.type == "cuda" else 0
-    stream = batches(data, cfg, ((s, m) for s in range(start, cfg.steps) for m in range(rank, micros, world)), device)
+    peak = WORLD * PEAK.get(torch.cuda.get_device_name(device), 0) if device.type == "cuda" else 0
+    stream = batches(data, cfg, ((s, m) for s in range(start, cfg.steps) for m in range(RANK, micros, WORLD)), device)
     recent, bins, clock, caught = [], torch.zeros(2, 10, device=device), time.perf_counter(), []
     for s in (signal.SIGINT, signal.SIGTERM):         # the first one ends the run at the end of the step, the second at once
         signal.signal(s, lambda s, _: (caught.append(s), signal.signal(s, signal.SIG_DFL)))
@@ -532,60 +498,51 @@ def train(cfg):
         # ------------------------------------------------ one step
         lr = opt.param_groups[0]["lr"] = cfg.lr * min(1, step / warmup, (cfg.steps + 1 - step) / max(1, cfg.cooldown * cfg.steps))
         step_loss = torch.zeros((), device=device)
-        for m in range(rank, micros, world):
+        for m in range(RANK, micros, WORLD):
             x, y = next(stream)
             t, eps, y = draws(cfg, step - 1, m, x, y, data.num_classes)   # outside what is compiled
             with autocast(cfg, device):
                 losses = loss_fn(net, x, y, t, eps, cfg.target, cfg.t_eps, per_image=True)      # (B,)
-            loss = losses.mean() / micros
-            loss.backward()
-            step_loss += loss.detach()
+            (losses.mean() / micros).backward()
+            step_loss += losses.detach().mean() / micros
             bins.index_add_(1, (10 * t).long().clamp(max=9), torch.stack([losses.detach(), torch.ones_like(t)]))
-        if world > 1:
-            for p in params:
-                dist.all_reduce(p.grad)
-        norm = nn.utils.clip_grad_norm_(params, cfg.clip)
+        for p in params:
+            total(p.grad)
+        norm = nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
         opt.zero_grad()
-        torch._foreach_lerp_(averages, params, 1 - cfg.ema)
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, params, 1 - cfg.ema)
         recent.append(torch.stack([step_loss, norm]))
 
         # ------------------------------------------------ once in a while
-        stop = torch.tensor(len(caught))
-        if world > 1:
-            dist.all_reduce(stop)
+        total(stop := torch.tensor(len(caught)))
         log = step % cfg.log_every == 0 or step == cfg.steps
         save = step % cfg.save_every == 0 or step == cfg.steps or stop
         if log or save:                               # here, and only here, the host waits for the GPU
             losses, norms = torch.stack(recent, 1)                        # (steps since the last line,) each
-            if world > 1:
-                dist.all_reduce(losses := losses.contiguous())
-            bad = (~(losses.isfinite() & norms.isfinite())).nonzero()
-            if len(bad):
-                raise Stop(f"{out}: loss or gradient not finite at step {step - len(recent) + 1 + int(bad[0]):,}; ckpt.pt is "
-                           f"from before; try a lower --lr, or --precision fp32", 1)
+            total(losses)
+            good = (losses.isfinite() & norms.isfinite()).int()
+            need(good.all(), f"{out}: loss or gradient not finite at step {step - len(recent) + 1 + int(good.argmin()):,}; ckpt.pt "
+                 "is from before; try a lower --lr, or --precision fp32", 1)
         if log:
-            if world > 1:
-                dist.all_reduce(bins)
+            total(bins)
             seconds = (time.perf_counter() - clock) / len(recent)
-            row = {"step": step, "loss": losses.mean().item(), "grad_norm": norms.mean().item(), "lr": lr,
-                   "ms": 1000 * seconds, "images_per_s": cfg.batch / seconds,
-                   "mfu": cfg.batch / seconds * flops / peak if peak else 0,
+            row = {"step": step, "loss": losses.mean().item(), "grad_norm": norms.mean().item(), "lr": lr, "ms": 1000 * seconds,
+                   "images_per_s": cfg.batch / seconds, "mfu": cfg.batch / seconds * flops / peak if peak else 0,
                    "gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0,
                    "loss_by_t": [total / n if n else None for total, n in zip(*bins.tolist())]}
             recent, clock = [], time.perf_counter()
             bins.zero_()
-            if chief:
-                print("step {step:,}/{steps:,} {done:.1%} | loss {loss:.4f} | grad {grad_norm:.3f} | lr {lr:.2e} | {ms:.0f} ms"
-                      "/step {images_per_s:,.0f} images/s | mfu {mfu:.1%} {gib:.1f} GiB | eta {eta}".format(
-                          **row, steps=cfg.steps, done=step / cfg.steps,
-                          eta=timedelta(seconds=round((cfg.steps - step) * seconds))), flush=True)
+            if RANK == 0:
+                print(f"step {step:,}/{cfg.steps:,} {step / cfg.steps:.1%} | loss {row['loss']:.4f} | grad {row['grad_norm']:.3f} | "
+                      f"lr {lr:.2e} | {row['ms']:.0f} ms/step {row['images_per_s']:,.0f} images/s | mfu {row['mfu']:.1%} "
+                      f"{row['gib']:.1f} GiB | eta {timedelta(seconds=round((cfg.steps - step) * seconds))}", flush=True)
                 if step % (10 * cfg.log_every) == 0:
-                    print("  loss by t, from noise to data: " +
-                          " ".join("-" if v is None else f"{v:.3f}" for v in row["loss_by_t"]), flush=True)
+                    print("  loss by t, from noise to data:", *(f"{v:.3f}" if v else "-" for v in row["loss_by_t"]), flush=True)
                 with open(log_file, "a") as file:
                     file.write(json.dumps(row) + "\n")
-        if save and chief:
+        if save and RANK == 0:
             state = {"config": asdict(cfg), "identity": identity, "grid": data.shape[1], "step": step,
                      "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict()}
             try:
@@ -594,7 +551,7 @@ def train(cfg):
             except RuntimeError as e:                 # torch's zip writer makes this of a full disk
                 raise Stop(f"{path}: cannot be written ({str(e)[:80]}); the one before it is intact", 1) from None
         if vae and step % cfg.sample_every == 0:
-            labels = torch.linspace(0, data.num_classes - 1, 16).round().long()
+            labels = torch.linspace(0, data.num_classes - 1, 16).long()
             save_grid(out / f"samples_{step:07d}.png", pictures(vae, generate(ema, labels, 0, cfg, device)), 8)
         if stop:
             raise Stop(f"{out}: stopped by a signal, saved at step {step:,}; the same command continues", 130)
@@ -604,16 +561,16 @@ def train(cfg):
 # ================================================================ target geometry (section 3.2, App. B and D)
 def gaussian_risk(lam, t):
     """Least mean squared errors per direction for x ~ N(0, diag(lam)) at time t: the variances left in x, eps and v
-    once z is known, (5)-(6). Note R_v = R_x / (1 - t)^2. -> {"x": R_x, "eps": R_eps, "v": R_v}"""
+    once z is known (5)-(6), App. B. Note R_v = R_x / (1 - t)^2. -> {"x": R_x, "eps": R_eps, "v": R_v}"""
     lam = torch.as_tensor(lam, dtype=torch.float64)
     d = t ** 2 * lam + (1 - t) ** 2                                       # variance of z
     parts = {"x": lam * (1 - t) ** 2 / d, "eps": t ** 2 * lam / d, "v": lam / d}
     return {target: part.mean().item() for target, part in parts.items()}
 
 def gaussian_gain(lam, t):
-    """What the best prediction makes of z in a direction of variance lam, App. B: E[x|z] = gain * z, likewise v."""
+    """What the best prediction makes of z in a direction of variance lam, App. B: the factors of E[x|z] and E[v|z]."""
     d = t ** 2 * lam + (1 - t) ** 2
-    return {"x": t * lam / d, "v": (t * lam - (1 - t)) / d}
+    return t * lam / d, (t * lam - (1 - t)) / d
 
 def effective_rank(lam):
     """exp of the entropy of lam / sum(lam): how many directions carry the variance (Roy & Vetterli 2007)."""
@@ -629,121 +586,111 @@ def tokens(latents, p):
     """Latents (B, C, H, W) -> tokens (B * H/p * W/p, p*p*C)."""
     return F.pixel_unshuffle(latents.float(), p).movedim(1, -1).flatten(0, 2)
 
-def linear_probe(fit, held_out, t, seed=0):
+def linear_probe(fit, held_out, t):
     """App. D: the best linear predictor of x, and of v, from z at time t (ridge regression in closed form, of tokens
     (N, D)) -> mean squared errors per dimension on held-out tokens, to set beside gaussian_risk."""
-    g, x = rng(NOISE, seed), torch.cat([fit, held_out]).double()
-    eps = torch.randn(x.shape, generator=g, dtype=x.dtype)
-    z, n = torch.nn.functional.pad(t * x + (1 - t) * eps, (0, 1), value=1), len(fit)      # a last column for the mean
+    x, n = torch.cat([fit, held_out]).double(), len(fit)
+    eps = torch.randn(x.shape, generator=rng(NOISE, 0), dtype=x.dtype)
+    z = F.pad(t * x + (1 - t) * eps, (0, 1), value=1)                     # a last column for the mean
     gram = z[:n].T @ z[:n] + 1e-3 * torch.eye(z.shape[1], dtype=z.dtype)
-    y = torch.cat([x, x - eps], 1)                                        # (2): y_x and y_v
-    error = (y - z @ torch.linalg.solve(gram, z[:n].T @ y[:n]))[n:].square().mean(0)
-    return {"x": error[:x.shape[1]].mean().item(), "v": error[x.shape[1]:].mean().item()}
+    error = {}
+    for target, y in {"x": x, "v": x - eps}.items():                      # (2)
+        error[target] = (y - z @ torch.linalg.solve(gram, z[:n].T @ y[:n]))[n:].square().mean().item()
+    return error
 
-def plot(curves, title, size=(560, 420)):
-    """A small chart with a logarithmic y axis -> PIL image. curves: {name: (colour, [(x, y), ...])}."""
-    image, (w, h) = Image.new("RGB", size, "white"), size
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+def plot(draw, left, title, curves):
+    """One 560 x 420 chart with a logarithmic y axis; curves: {name: (colour, [(x, y), ...])}."""
     xs, ys = zip(*(point for _, points in curves.values() for point in points))
-    low, high = math.floor(math.log10(max(min(ys), max(ys) * 1e-6))), math.ceil(math.log10(max(ys)))
-    at = lambda x, y: (60 + (w - 80) * (x - min(xs)) / (max(xs) - min(xs)),
-                       h - 40 - (h - 80) * (math.log10(max(y, 10.0 ** low)) - low) / (high - low))
-    draw.text((60, 10), title, "black", font)
+    low, high, font = math.floor(math.log10(max(min(ys), 1e-5))), math.ceil(math.log10(max(ys))), ImageFont.load_default(14)
+    at = lambda x, y: (left + 60 + 480 * (x - min(xs)) / (max(xs) - min(xs)),
+                       380 - 340 * (math.log10(max(y, 10.0 ** low)) - low) / (high - low))
+    draw.text((left + 60, 10), title, "black", font)
     for e in range(low, high + 1):
         draw.line([at(min(xs), 10.0 ** e), at(max(xs), 10.0 ** e)], "#dddddd")
-        draw.text((8, at(0, 10.0 ** e)[1] - 9), f"1e{e}", "black", font)
+        draw.text((left + 8, at(0, 10.0 ** e)[1] - 9), f"1e{e}", "black", font)
     for x in (min(xs), max(xs)):
-        draw.text((at(x, 1)[0] - 8, h - 34), f"{x:g}", "black", font)
+        draw.text((at(x, 1)[0] - 8, 386), f"{x:g}", "black", font)
     for k, (name, (colour, points)) in enumerate(curves.items()):
         draw.line([at(*point) for point in points], colour, 3)
-        draw.text((w - 150, 44 + 20 * k), name, colour, font)
-    return image
+        draw.text((left + 110, 310 + 20 * k), name, colour, font)
 
 def geometry(folder, cfg):
     """--geometry: the spectrum of a cache's tokens, and what (3)-(6) make of it. A table, and geometry.png."""
     if not folder:
-        folder = Path("runs/digits")
-        cache_digits(folder)
+        cache_digits(folder := Path("runs/digits"))
     data, p, out = LatentDataset(folder), resolve(cfg).patch_size, Path(cfg.out or "geometry.png")
-    if data.shape[1] % p or len(data) < 2:
-        raise Stop(f"{folder}: {len(data)} latents {data.shape} have no statistics of {p} x {p} tokens")
+    need(data.shape[1] % p == 0 and len(data) > 1, f"{folder}: no statistics of {p} x {p} tokens in {len(data)} latents {data.shape}")
+    rows = lambda index: tokens(data.rows(index, [False] * len(index)), p)
     statistics = Statistics(data.shape[0] * p * p)
     for i in tqdm(range(0, len(data), 64), unit="x 64 latents"):
-        rows = range(i, min(i + 64, len(data)))
-        statistics.update(tokens(data.rows(rows, [False] * len(rows)), p))
+        statistics.update(rows(range(i, min(i + 64, len(data)))))
     lam = torch.linalg.eigvalsh(torch.from_numpy(statistics.cov)).flip(0).clamp(min=0)
-    some = range(0, len(data), -(-len(data) // 400))
-    some = tokens(data.rows(some, [False] * len(some)), p)
-    some = some[torch.randperm(len(some), generator=rng(ORDER, 0))][:60_000]
-    fit, held_out = some.chunk(2)
+    spectra = {"x": lam, "eps": torch.ones_like(lam), "v": lam + 1}       # x and eps are independent
+    some = rows(range(0, len(data), -(-statistics.n // 60_000)))
+    fit, held_out = some[torch.randperm(len(some), generator=rng(ORDER, 0))].chunk(2)
 
     print(f"{folder}: {statistics.n:,} tokens of {len(lam)} dimensions, {p} x {p} positions each; variance per dimension "
-          f"{lam.mean():.3f}, largest {lam[0]:.3g}, median {lam[len(lam) // 2]:.3g}, smallest {lam[-1]:.3g}\n")
-    print("target   effective rank   participation ratio   share of variance in the smaller half")
-    spectra = {"x": lam, "eps": torch.ones_like(lam), "v": lam + 1}      # x and eps are independent
-    for target, spectrum in spectra.items():
-        print(f"{target:6} {effective_rank(spectrum):12.1f} {participation_ratio(spectrum):17.1f} "
-              f"{spectrum[len(lam) // 2:].sum() / spectrum.sum():23.1%}")
+          f"{lam.mean():.3f}, largest {lam[0]:.3g}, median {lam[len(lam) // 2]:.3g}, smallest {lam[-1]:.3g}\n\n"
+          "target   effective rank   participation ratio   share of variance in the smaller half")
+    for target, s in spectra.items():
+        print(f"{target:6} {effective_rank(s):12.1f} {participation_ratio(s):17.1f} {s[len(s) // 2:].sum() / s.sum():23.1%}")
     print("\n   t     R_x   R_eps     R_v   linear probe: x       v   gain in the smallest direction: x       v")
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):
-        risk, probe, gain = gaussian_risk(lam, t), linear_probe(fit, held_out, t), gaussian_gain(lam[-1].item(), t)
+        risk, probe, (gain_x, gain_v) = gaussian_risk(lam, t), linear_probe(fit, held_out, t), gaussian_gain(lam[-1].item(), t)
         print(f"{t:4.1f} {risk['x']:7.4f} {risk['eps']:7.4f} {risk['v']:7.4f} {probe['x']:16.4f} {probe['v']:7.4f} "
-              f"{gain['x']:32.4f} {gain['v']:7.3f}")
-    colours, times = {"x": "#1f77b4", "eps": "#7f7f7f", "v": "#d62728"}, [k / 100 for k in range(1, 100)]
-    left = plot({f"y_{k}": (colours[k], [(i + 1, v) for i, v in enumerate(s.tolist())]) for k, s in spectra.items()},
-                "Eigenvalues of the targets' covariance, by rank")
-    right = plot({f"R_{k}": (colours[k], [(t, gaussian_risk(lam, t)[k]) for t in times]) for k in spectra},
-                 "Least error per dimension, over t (0: noise)")
-    sheet = Image.new("RGB", (left.width + right.width, left.height))
-    sheet.paste(left, (0, 0))
-    sheet.paste(right, (left.width, 0))
+              f"{gain_x:32.4f} {gain_v:7.3f}")
+    sheet, colours = Image.new("RGB", (1120, 420), "white"), {"x": "#1f77b4", "eps": "#7f7f7f", "v": "#d62728"}
+    plot(ImageDraw.Draw(sheet), 0, "Eigenvalues of the targets' covariance, by rank",
+         {f"y_{k}": (colours[k], [*enumerate(s.tolist(), 1)]) for k, s in spectra.items()})
+    plot(ImageDraw.Draw(sheet), 560, "Least error per dimension, over t (0: noise)",
+         {f"R_{k}": (colours[k], [(i / 100, gaussian_risk(lam, i / 100)[k]) for i in range(1, 100)]) for k in spectra})
     with atomic(out) as tmp:
         sheet.save(tmp, "PNG")
     print(f"\nwrote {out}")
 
 # ================================================================ the demo
 DEMO = {"hidden_size": 64, "depth": 3, "batch": 64, "steps": 1500, "lr": 3e-3, "cooldown": 1.0, "warmup_epochs": 0.3, "ema": 0.99,
-        "sample_steps": 25, "cfg": 1.5, "interval": (0.0, 1.0), "micro_batch": 64, "sample_every": 0, "log_every": 250, "save_every": 10_000}
+        "sample_steps": 25, "cfg": 1.5, "interval": (0.0, 1.0), "micro_batch": 64, "sample_every": 0, "log_every": 250}
+DEMO_IMAGES = 2000                                    # samples of each target, and digits to compare them with
 
 def demo(given):
     """--demo: the same network, loss, loop and sampler on drawn digits, for x and for v from the same weights, data
     order and noise. Prints the table and writes the picture: rows of real digits, of x's and of v's."""
     started, targets = time.time(), [given["target"]] if "target" in given else ["x", "v"]
-    out = Path(given.pop("out", "") or "runs/demo" + "".join(f"-{k}-{v}" for k, v in sorted(given.items()) if k != "target"))
+    changed = "".join(f"-{k}-{v}" for k, v in sorted(given.items()) if k not in FREE - {"steps"} | {"target"})
+    out = Path(given.pop("out", "runs/demo" + changed))
     cfg = Config(**DEMO | {"data": "runs/digits"} | given)
-    device, n = pick_device(cfg.device), 2000
+    device, n = pick_device(cfg.device), DEMO_IMAGES
     cache_digits(Path(cfg.data))
-    codec = load_vae(f"{cfg.data}/codec.safetensors")
-    judge = DigitNet(*draw_digits(4000, seed=2))
+    codec, judge = load_vae(f"{cfg.data}/codec.safetensors"), DigitNet(*draw_digits(2 * n, seed=2))
     real, labels = draw_digits(2 * n, seed=3)         # two held-out halves: to compare with, and to be compared
     print(f"the judge reads {judge.accuracy(real, labels):.1%} of the held-out digits right [{time.time() - started:.0f} s]")
 
     def spaces(images):
         """Mean and covariance in the two feature spaces: pooled pixels, and what the judge looks at."""
-        for features in (F.avg_pool2d(images.float(), 4).flatten(1), judge(images)[0]):
+        for features in (F.avg_pool2d(images / 127.5 - 1, 4).flatten(1), judge(images)[0]):
             statistics = Statistics(features.shape[1])
             statistics.update(features)
             yield statistics.mean, statistics.cov
 
-    reference, low = list(spaces(real[:n])), tokens(encode(codec, real / 127.5 - 1), 1)[:, 64:].var(0).sum()
-    def row(name, loss, images, z):
+    low = lambda z: tokens(z, 1)[:, 64:].var(0).sum() # energy where the digits have least
+    reference, z_real = list(spaces(real[:n])), encode(codec, real[n:] / 127.5 - 1)
+    def row(name, images, latents, loss=""):
         pooled, learned = (frechet_distance(*a, *b) for a, b in zip(spaces(images), reference))
-        return (f"{name:10} {loss:>8} {pooled:15.2f} {learned:17.1f} {tokens(z, 1)[:, 64:].var(0).sum() / low:15.2f} "
-                f"{judge.accuracy(images, labels[:n]):14.1%}")
+        return (f"{name:12} {loss:>6} {pooled:15.2f} {learned:17.1f} {low(latents) / low(z_real):17.2f} "
+                f"{judge.accuracy(images, labels[:n]):13.1%}")
 
-    z = encode(codec, real[n:] / 127.5 - 1)
-    table, shown = [row("real", "", real[n:], z), row("real, coded", "", pictures(codec, z), z)], [real[:20]]
+    table, shown = [row("real", real[n:], z_real), row("real, coded", pictures(codec, z_real), z_real)], [real[:20]]
     for target in targets:
         run = train(replace(cfg, target=target, out=str(out / target)))
         loss = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
         net, _ = load_network(run)
         z = generate(net.to(device), labels[:n], 0, replace(cfg, target=target), device).cpu()
-        images = pictures(codec, z)
-        table.append(row(f"{target}-pred.", f"{loss:.3f}", images, z))
-        shown.append(images[:20])
+        shown.append((images := pictures(codec, z))[:20])
+        table.append(row(f"{target}-pred.", images, z, f"{loss:.3f}"))
         print(f"[{time.time() - started:.0f} s]")
     save_grid(out / "demo.png", F.interpolate(torch.cat(shown).float(), scale_factor=3).to(torch.uint8), 10)
-    print("\n              loss   pooled pixels   digit features   low directions   read right\n" + "\n".join(table))
+    print("\n               loss   pooled pixels   digit features   low directions   read right\n" + "\n".join(table))
     print("\nFrechet distances to held-out digits (of pooled pixels, of a digit classifier's features): lower is better, 'real' "
           f"is the floor.\nlow directions: energy in the 64 of 128 directions where data has least, data's own is 1.\n"
           f"{out / 'demo.png'}: two rows each of real digits, {', '.join(targets)}. [{time.time() - started:.0f} s]")
@@ -757,21 +704,22 @@ def main():
     parser.add_argument("--classes", type=int, nargs="+", metavar="Y", help="with --sample: a PNG grid, one picture per class given")
     parser.add_argument("--n", type=positive, help="with --sample: this many pictures of all classes, as an npz")
     for f in fields(Config):
-        kind = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")} if f.type is tuple else {"type": f.type, "metavar": f.name[0].upper()}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=SUPPRESS, **kind,
+        kind = {"type": float, "nargs": 2} if f.type is tuple else {"type": f.type, "choices": f.metadata["choices"]}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=SUPPRESS, metavar=f.name[0].upper(), **kind,
                             help=f"{f.metadata['help']} ({f.default})" if f.default else f.metadata["help"])
     given = vars(parser.parse_args())
-    demonstrate, folder, sample, classes, n = (given.pop(k) for k in ("demo", "geometry", "sample", "classes", "n"))
-    given |= {"interval": tuple(given["interval"])} if "interval" in given else {}
-    if sample:
-        return sample_command(sample, classes, n, given)
-    if classes or n:
-        raise Stop("--classes and --n go with --sample CKPT")
-    if demonstrate:
-        return demo(given)
-    if folder is not None:
-        return geometry(folder, Config(**given))
-    train(Config(**given))
+    show, folder, checkpoint, classes, n = (given.pop(k) for k in ("demo", "geometry", "sample", "classes", "n"))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    need(checkpoint or not classes and not n, "--classes and --n go with --sample CKPT")
+    need(bool(checkpoint) + show + (folder is not None) < 2, "--demo, --geometry and --sample: one at a time")
+    if checkpoint:
+        sample_command(checkpoint, classes, n, given)
+    elif show:
+        demo(given)
+    elif folder is not None:
+        geometry(folder, Config(**given))
+    else:
+        train(Config(**given))
 
 if __name__ == "__main__":
     run(main)

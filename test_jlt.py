@@ -1,16 +1,19 @@
 """What must hold of JLT, checked from first principles: exact values by hand or in float64, properties, and the
 command lines as a user types them. CPU, offline, under 3 minutes on 2 cores:  pytest"""
-import json, math, os, pickle, signal, subprocess, sys, time
+import json, math, os, pickle, re, signal, subprocess, sys, time
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import encode
+import fid
 import jlt
 
 HERE = Path(__file__).parent
@@ -255,7 +258,7 @@ def test_the_network_sees_the_path_and_perfect_outputs_read_as_the_velocity():
     for target, out in {"x": x, "eps": eps, "v": x - eps}.items():
         torch.testing.assert_close(jlt.velocity(out, z, t, target), x - eps)
         assert jlt.flow_loss(lambda z, t, y: out, x, None, t, eps, target) == 0
-    with pytest.raises(ValueError):
+    with pytest.raises(encode.Stop):
         jlt.velocity(x, z, t, "flow")
 
 # ---------------------------------------------------------------- sampler
@@ -319,9 +322,8 @@ def test_guided_velocity():
 
 def test_noise_of_an_image_depends_on_seed_and_number_only(monkeypatch):
     monkeypatch.setattr(jlt, "sample", lambda net, y, noise, *a, **k: noise)
-    monkeypatch.setattr(jlt, "decode", lambda vae, z: z[:, :3] / 4)
     net, cpu = small(), torch.device("cpu")
-    images = lambda n, first, seed=0: jlt.generate(net, None, torch.zeros(n).long(), first, jlt.Config(seed=seed), cpu)
+    images = lambda n, first, seed=0: jlt.generate(net, torch.zeros(n).long(), first, jlt.Config(seed=seed), cpu)
     assert torch.equal(images(6, 0)[4:], images(2, 4)) and not torch.equal(images(1, 0), images(1, 1))
     assert not torch.equal(images(1, 0), images(1, 0, seed=1))
 
@@ -521,7 +523,7 @@ def test_interrupted_sampling_continues(cli, released, vae, tmp_path, monkeypatc
     assert cli(*run, "--out", tmp_path / "whole.npz")[0] == 0
     generate, calls = jlt.generate, []
     def failing(*args):
-        calls.append(args[3])
+        calls.append(args[2])
         if len(calls) == 2:
             raise OSError(28, "No space left on device", "samples")
         return generate(*args)
@@ -552,11 +554,11 @@ def test_checkpoints_never_run_code(cli, released, tmp_path, monkeypatch):
     refused(cli(jlt, "--sample", "tensor.pth", "--n", 1), "holds no JLT")
 
 @pytest.mark.parametrize("args, words", [
-    ("--target q", "x, eps, v"), ("--foo 1", "--foo"), ("--steps 0", "--steps"), ("--batch -3", "--batch"), ("--steps 1e3", "--steps"),
+    ("--target q", "--target"), ("--foo 1", "--foo"), ("--steps 0", "--steps"), ("--batch -3", "--batch"), ("--steps 1e3", "--steps"),
     ("--cfg nan", "--cfg"), ("--lr inf", "--lr"), ("--ema 1.5", "--ema"), ("--batch 10 --micro-batch 3", "does not divide"),
-    ("--model S/2", "B/1"), ("--interval 0.9 0.1", "low"), ("--device tpu", "cpu"), ("--data nowhere", "encode.py"),
-    ("--classes 3", "--sample"), ("--sample nowhere --n 3", "nowhere"), ("--sample . --n 3", "ckpt.pt"), ("--precision fp8", "bf16"),
-    ("--p-std -1", "--p-std"), ("--t-eps 0", "--t-eps"), ("--sample-steps 0", "--sample-steps"), ("--seed -1", "--seed"),
+    ("--model S/2", "--model"), ("--interval 0.9 0.1", "low"), ("--device tpu", "cpu"), ("--data nowhere", "encode.py"),
+    ("--classes 3", "--sample"), ("--sample nowhere --n 3", "nowhere"), ("--sample . --n 3", "ckpt.pt"), ("--precision fp8", "--precision"),
+    ("--logit-t 0 -1", "--logit-t"), ("--t-eps 0", "--t-eps"), ("--sample-steps 0", "--sample-steps"), ("--seed -1", "--seed"),
     ("--sample", "expected one argument"), ("--n 0 --sample x", "at least 1"), ("--label-drop 2", "--label-drop"), ("--out", "--out")])
 def test_mistakes_on_the_command_line(cli, tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
@@ -592,9 +594,11 @@ def test_latents_are_normalised_patches_of_the_posterior_mode(vae):
 
 def test_uint8_and_grid(tmp_path):
     assert encode.to_uint8(torch.tensor([-1.2, -1, 0, 1, 3])).tolist() == [0, 0, 128, 255, 255]
-    encode.save_grid(tmp_path / "g.png", torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 2, 3), columns=3, gap=1)
-    grid = np.asarray(Image.open(tmp_path / "g.png"))[..., 0]
-    assert grid.shape == (5, 11) and grid[0, 0] == 0 and grid[0, 3] == 255 and grid[0, 4] == 1 and grid[3, 4] == 4 and grid[3, 8] == 255
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).repeat(1, 3, 2, 4)
+    images[4, :, 1, 2] = torch.tensor([7, 8, 9], dtype=torch.uint8)
+    encode.save_grid(tmp_path / "g.png", images, columns=3)
+    grid = np.asarray(Image.open(tmp_path / "g.png"))
+    assert grid.shape == (4, 12, 3) and grid[::2, ::4, 0].tolist() == [[0, 1, 2], [3, 4, 5]] and grid[3, 6].tolist() == [7, 8, 9]
 
 @pytest.fixture(scope="module")
 def cache(photos, vae, tmp_path_factory):
@@ -619,7 +623,7 @@ def test_cache_holds_every_readable_picture_and_its_mirror_image(cache, photos, 
         torch.testing.assert_close(data.item(i)[0], encode.encode(model, x)[0], rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(data.item(i, True)[0], encode.encode(model, x.flip(-1))[0], rtol=2e-3, atol=2e-3)
     with Image.open(out / "reconstructions.png") as sheet:
-        assert sheet.width == 4 * 32
+        assert sheet.size == (2 * 32, 7 * 32)             # seven pairs
     assert np.asarray(encode.open_rgb(photos / "d_odd/deep.png")).std() > 40             # not clipped to white
 
 def files_of(folder):
@@ -683,3 +687,504 @@ def test_the_main_path_on_pictures(cache, vae, cli, tmp_path):
     with Image.open(tmp_path / "run/samples_0000004.png") as grid:
         assert grid.size == (8 * 32, 2 * 32)
     assert cli(jlt, "--sample", tmp_path / "run", "--classes", 3, 1, "--sample-steps", 2, "--out", tmp_path / "two.png")[0] == 0
+
+# ---------------------------------------------------------------- score
+@pytest.fixture(scope="module")
+def inception_weights():
+    """A state dict under which activations neither die nor explode."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fid.Inception, "load_state_dict", lambda self, state: None)
+        shapes = {name: x.shape for name, x in fid.Inception({}).state_dict().items()}
+    draw, state = torch.Generator().manual_seed(0), {}
+    for name, shape in shapes.items():
+        x = torch.randn(shape, generator=draw)
+        state[name] = {"conv.weight": lambda: x * (2 / x[0].numel()) ** 0.5, "bn.weight": lambda: 1 + 0.2 * x,
+                       "bn.running_var": lambda: (1 + 0.2 * x).clamp(min=0.3), "fc.weight": lambda: 0.1 * x,
+                       "bn.num_batches_tracked": lambda: torch.tensor(7)}.get(
+                           ".".join(name.split(".")[-2:]), lambda: 0.1 * x)()
+    return state
+
+@pytest.fixture(scope="module")
+def inception(inception_weights):
+    return fid.Inception(inception_weights)
+
+@pytest.fixture(scope="module")
+def score_files(inception_weights, tmp_path_factory):
+    """A folder of everything that the command line needs."""
+    root, rng = tmp_path_factory.mktemp("score_files"), np.random.default_rng(0)
+    torch.save(inception_weights, root / "zip.pth")
+    torch.save(inception_weights, root / "legacy.pth", _use_new_zipfile_serialization=False)      # as the real file is
+    images = rng.integers(0, 256, (10, 24, 40, 3), dtype=np.uint8)
+    images //= np.arange(1, 11, dtype=np.uint8).reshape(10, 1, 1, 1)     # some dark, some bright
+    images[3] = images[3, ..., :1]
+    for i, image in enumerate(images):
+        path = root / "equal" / f"{i % 2}" / f"{i}.png"                  # searched recursively
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = {3: "L", 4: "RGBA"}.get(i, "RGB")
+        extra = rng.integers(0, 256, (24, 40, 1), dtype=np.uint8)        # alpha, to be dropped
+        Image.fromarray(image[..., 0] if mode == "L" else np.concatenate([image, extra], 2) if mode == "RGBA"
+                        else image, mode).save(path)
+    np.savez(root / "equal.npz", arr_0=images[[0, 2, 4, 6, 8, 1, 3, 5, 7, 9]])          # the folder's order
+    (root / "mixed").mkdir()
+    for i in range(10):
+        size = (33, 21) if i < 5 else (16 + i, 50)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(root / "mixed" / f"{i}.png")
+    return root
+
+def resize_by_loops(image):
+    """TensorFlow's kernel, one float32 operation at a time. (H, W) uint8 -> (299, 299)."""
+    f, (h, w) = np.float32, image.shape
+
+    def taps(size):
+        scale = f(size) / f(299)
+        places = [f(i) * scale for i in range(299)]
+        return [(int(c), min(int(c) + 1, size - 1), c - f(int(c))) for c in places]
+
+    out = np.empty((299, 299), f)
+    for i, (top, bottom, dy) in enumerate(taps(h)):
+        for j, (left, right, dx) in enumerate(taps(w)):
+            a = f(image[top, left]) + (f(image[top, right]) - f(image[top, left])) * dx
+            b = f(image[bottom, left]) + (f(image[bottom, right]) - f(image[bottom, left])) * dx
+            out[i, j] = (a + (b - a) * dy - f(128)) / f(128)
+    return out
+
+@pytest.mark.parametrize("size", [(7, 33), (301, 611)])
+def test_resize_is_tensorflows_bit_for_bit(size):
+    image = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)
+    got = fid.tf_resize(torch.from_numpy(image).expand(1, 3, *size))
+    assert got.shape == (1, 3, 299, 299) and got.dtype == torch.float32
+    assert np.array_equal(got[0, 1].numpy(), resize_by_loops(image))
+
+def test_resize_by_hand():
+    x = torch.tensor([[0, 100], [200, 40]], dtype=torch.uint8).expand(1, 3, 2, 2)
+    got = fid.tf_resize(x)[0, 0] * 128 + 128
+    # Position 75 * 2/299 = 0.502 lies a little right of the middle; from 150 on only the last column is left.
+    assert got[0, 0] == 0 and got[299 // 2 + 1, 0] == 200 and (got[0, 150:] == 100).all()
+    assert got[0, 75].item() == pytest.approx(100 * 150 / 299, rel=1e-6)
+    assert got[75, 75].item() == pytest.approx((1 - 150 / 299) * 100 * 150 / 299 + 150 / 299 * (
+        200 - 160 * 150 / 299), rel=1e-6)
+    half_pixel = F.interpolate(x.float(), (299, 299), mode="bilinear", align_corners=False)[0, 0]
+    assert (got - half_pixel).abs().max() > 20
+
+def test_resize_keeps_and_drops_pixels_exactly():
+    x = torch.randint(0, 256, (2, 3, 299, 598), dtype=torch.uint8)
+    assert torch.equal(fid.tf_resize(x), (x[..., ::2].float() - 128) / 128)            # no antialiasing
+    with pytest.raises(ValueError):
+        fid.tf_resize(x.float())
+
+def test_state_dict_is_pytorch_fids(inception):
+    state = inception.state_dict()
+    assert len(state) == 566 and sum(name.endswith("conv.weight") for name in state) == 94
+    shapes = {
+        "Conv2d_1a_3x3.conv.weight": (32, 3, 3, 3), "Conv2d_4a_3x3.bn.running_var": (192,),
+        "Mixed_5b.branch5x5_2.conv.weight": (64, 48, 5, 5), "Mixed_5d.branch3x3dbl_3.bn.bias": (96,),
+        "Mixed_5b.branch_pool.conv.weight": (32, 192, 1, 1),
+        "Mixed_6a.branch3x3.conv.weight": (384, 288, 3, 3),
+        "Mixed_6b.branch7x7_2.conv.weight": (128, 128, 1, 7),
+        "Mixed_6d.branch7x7_3.conv.weight": (192, 160, 7, 1),
+        "Mixed_6e.branch7x7dbl_4.conv.weight": (192, 192, 7, 1),
+        "Mixed_7a.branch7x7x3_4.conv.weight": (192, 192, 3, 3),
+        "Mixed_7b.branch1x1.conv.weight": (320, 1280, 1, 1),
+        "Mixed_7c.branch3x3_2a.conv.weight": (384, 384, 1, 3),
+        "Mixed_7c.branch3x3dbl_3b.conv.weight": (384, 384, 3, 1),
+        "Mixed_7c.branch_pool.bn.num_batches_tracked": (), "fc.weight": (1008, 2048), "fc.bias": (1008,)}
+    assert {name: tuple(state[name].shape) for name in shapes} == shapes
+    assert sum(x.numel() for x in state.values()) == 23_885_486
+    assert not inception.training
+    assert {m.eps for m in inception.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {1e-3}
+    assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
+
+FORKS = (["branch1x1"], ["branch3x3_1", ("branch3x3_2a", "branch3x3_2b")],
+         ["branch3x3dbl_1", "branch3x3dbl_2", ("branch3x3dbl_3a", "branch3x3dbl_3b")], [None, "branch_pool"])
+BLOCKS = {   # block: input channels, then the units of each branch; None is the pool
+    "Mixed_5c": (256, ["branch1x1"], ["branch5x5_1", "branch5x5_2"],
+                 ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"], [None, "branch_pool"]),
+    "Mixed_6a": (288, ["branch3x3"], ["branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"], [None]),
+    "Mixed_6c": (768, ["branch1x1"], ["branch7x7_1", "branch7x7_2", "branch7x7_3"],
+                 [f"branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5)], [None, "branch_pool"]),
+    "Mixed_7a": (768, ["branch3x3_1", "branch3x3_2"], [f"branch7x7x3_{i}" for i in (1, 2, 3, 4)], [None]),
+    "Mixed_7b": (1280, *FORKS),
+    "Mixed_7c": (2048, *FORKS)}
+
+def windows(x, pad):
+    """3x3 neighbourhoods (B, C, H, W, 9), `pad` outside."""
+    return F.pad(x, (1, 1, 1, 1), value=pad).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block_against_its_description(inception, inception_weights, block):
+    """Wiring, strides, padding, pools and batch norm, written out once more from the inception_weights alone."""
+    channels, *branches = BLOCKS[block]
+    x = torch.randn(2, channels, 7, 7, generator=torch.Generator().manual_seed(2))
+    halving = block in ("Mixed_6a", "Mixed_7a")
+
+    def unit(name, x, last):
+        w, *bn = (inception_weights[f"{block}.{name}.{key}"] for key in (
+            "conv.weight", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias"))
+        pad = [0, 0] if halving and last else [k // 2 for k in w.shape[2:]]
+        x = F.conv2d(x, w, stride=2 if halving and last else 1, padding=pad)
+        mean, var, scale, shift = (v[:, None, None] for v in bn)
+        return ((x - mean) / (var + 1e-3).sqrt() * scale + shift).clamp(min=0)
+
+    def pool(x):
+        if halving:
+            return windows(x, -torch.inf).amax(-1)[:, :, 1:-1:2, 1:-1:2]
+        if block == "Mixed_7c":
+            return windows(x, -torch.inf).amax(-1)
+        return windows(x, torch.nan).nanmean(-1)                         # the padding does not count
+
+    out = []
+    for branch in branches:
+        h = x
+        for step in branch:
+            names = step if isinstance(step, tuple) else (step,)
+            h = torch.cat([unit(name, h, step == branch[-1]) if name else pool(h) for name in names], 1)
+        out.append(h)
+    with torch.inference_mode():
+        torch.testing.assert_close(inception.get_submodule(block)(x), torch.cat(out, 1), rtol=1e-4, atol=1e-4)
+
+def test_features_and_logits(inception):
+    x = torch.randint(0, 256, (2, 3, 20, 31), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    seen = {}
+    with inception.Mixed_7c.register_forward_hook(lambda module, inputs, output: seen.update(map=output)):
+        features, logits = inception(x)
+    assert seen["map"].shape == (2, 2048, 8, 8) and logits.shape == (2, 1008)
+    torch.testing.assert_close(features, seen["map"].flatten(2).mean(2))
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, inception.fc(features) - inception.fc.bias)
+    assert inception.fc.bias.abs().max() > 0.1
+    assert features.isfinite().all() and features.std(0).mean() > 1e-3
+
+class PickledCode:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+@pytest.mark.parametrize("change", ["missing", "shape", "unknown", "list", "text", "empty", "code"])
+def test_other_weights_are_refused(inception_weights, tmp_path, change, capsys):
+    path, state = tmp_path / "w.pth", dict(inception_weights)
+    if change == "missing":
+        del state["Mixed_6b.branch7x7_2.conv.weight"]
+    elif change == "shape":                                              # torchvision's own classifier
+        state["fc.weight"], state["fc.bias"] = torch.zeros(1000, 2048), torch.zeros(1000)
+    elif change == "unknown":
+        state["epoch"] = 3
+    if change in ("text", "empty"):
+        path.write_text("no weights" * (change == "text"))
+    else:
+        torch.save({"list": [1, 2], "code": PickledCode()}.get(change, state), path)
+    with pytest.raises(encode.Stop, match="w.pth"):
+        fid.Inception(path)
+    if change in ("missing", "shape", "unknown"):
+        with pytest.raises(encode.Stop):
+            fid.Inception(state)
+    assert capsys.readouterr() == ("", "")                               # so no code was run
+
+# ---------------------------------------------------------------- scores
+def random_gaussian(rng, d):
+    a = rng.normal(size=(d, d))
+    return rng.normal(size=d), a @ a.T
+
+def test_frechet_closed_forms():
+    rng = np.random.default_rng(4)
+    (m1, s1), (m2, s2) = random_gaussian(rng, 12), random_gaussian(rng, 12)
+    assert fid.frechet_distance(m1, s1, m2, s1) == pytest.approx(((m1 - m2) ** 2).sum(), rel=1e-9)
+    assert fid.frechet_distance(m1, s1, m1, s1) == pytest.approx(0, abs=1e-9)
+    a, b = rng.uniform(size=12), rng.uniform(size=12)
+    truth = ((a ** 0.5 - b ** 0.5) ** 2).sum()
+    assert fid.frechet_distance(m1, np.diag(a), m1, np.diag(b)) == pytest.approx(truth, rel=1e-9)
+    s1, s2 = np.array([[2., 1.], [1., 3.]]), np.array([[5., -2.], [-2., 1.]])
+    assert not np.allclose(s1 @ s2, s2 @ s1)
+    truth = 1 + 4 + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real)
+    assert fid.frechet_distance([0, 0], s1, [1, 2], s2) == pytest.approx(truth, rel=1e-12)
+    low = np.diag([1., 0., 0.])                                          # fewer samples than dimensions
+    assert fid.frechet_distance(np.zeros(3), low, np.zeros(3), np.eye(3)) == pytest.approx(1 + 3 - 2)
+
+@pytest.mark.parametrize("broken", [
+    lambda m, s: (m[:2], s), lambda m, s: (m, s[:2]), lambda m, s: (m[None], s), lambda m, s: (m * np.nan, s),
+    lambda m, s: (m, s + np.inf)])
+def test_frechet_refuses(broken):
+    m, s = np.zeros(3), np.eye(3)
+    for arguments in ((m, s, *broken(m, s)), (*broken(m, s), m, s)):
+        with pytest.raises(ValueError):
+            fid.frechet_distance(*arguments)
+
+def test_inception_score_bounds():
+    assert fid.inception_score(np.zeros((40, 9))) == (pytest.approx(1), pytest.approx(0, abs=1e-12))
+    certain = torch.eye(5).repeat(20, 1) * 2000                          # most probabilities underflow to 0
+    assert fid.inception_score(certain, splits=1)[0] == pytest.approx(5)
+    for bad in (torch.zeros(9, 4), torch.full((20, 4), torch.nan)):
+        with pytest.raises(ValueError):
+            fid.inception_score(bad)
+
+def score_by_loops(logits, splits, order):
+    p = np.exp(logits - logits.max(1, keepdims=True)).astype(np.float64)
+    p = (p / p.sum(1, keepdims=True))[order]
+    scores = []
+    for part in (p[k * len(p) // splits:(k + 1) * len(p) // splits] for k in range(splits)):
+        kl = [sum(a * np.log(a / b) for a, b in zip(row, part.mean(0))) for row in part]
+        scores.append(np.exp(np.mean(kl)))
+    return np.mean(scores), np.sqrt(np.mean((scores - np.mean(scores)) ** 2))
+
+def test_inception_score_by_loops_and_shuffled():
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=(53, 6)) + 4 * np.eye(6)[np.sort(rng.integers(0, 6, 53))]   # ordered by class
+    shuffled = np.random.RandomState(2020).permutation(53)
+    assert fid.inception_score(logits) == pytest.approx(score_by_loops(logits, 10, shuffled), rel=1e-9)
+    in_order = score_by_loops(logits, 10, np.arange(53))[0]
+    assert in_order < 0.8 * fid.inception_score(torch.from_numpy(logits))[0]
+
+@pytest.mark.parametrize("offset", [0, 1e6])
+def test_statistics_do_not_depend_on_batches(offset):
+    x = np.random.default_rng(6).normal(size=(157, 12)) * np.arange(1, 13) + offset
+    for sizes in ([157], [1] * 157, [100, 57], [1, 5, 40, 111]):
+        s = fid.Statistics(dim=12)
+        for part in np.split(x, np.cumsum(sizes)[:-1]):
+            s.update(torch.from_numpy(part))
+        assert s.n == 157
+        np.testing.assert_allclose(s.mean, x.mean(0), rtol=1e-13, atol=1e-13)
+        np.testing.assert_allclose(s.cov, np.cov(x, rowvar=False), rtol=1e-8, atol=1e-8)  # np.cov: over n - 1
+    for bad in (np.full((2, 12), np.nan), np.full((2, 12), np.inf), np.zeros((2, 11)), np.zeros((0, 12))):
+        with pytest.raises(encode.Stop):
+            s.update(bad)
+    assert s.n == 157
+
+def test_statistics_of_two():
+    s = fid.Statistics(2)
+    s.update(np.array([[0., 1.]]))
+    s.update(np.array([[2., 1.]]))
+    np.testing.assert_allclose(s.mean, [1, 1])
+    np.testing.assert_allclose(s.cov, [[2, 0], [0, 0]])                  # (1 + 1) / (2 - 1)
+
+# ---------------------------------------------------------------- files
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("shape", [(12, 5, 7, 3), (12, 5, 7, 4), (12, 5, 7, 1), (12, 5, 7)])
+def test_npz_of_images(tmp_path, save, shape):
+    images = np.random.default_rng(7).integers(0, 256, shape, dtype=np.uint8)
+    save(tmp_path / "x.npz", arr_0=images)
+    stream = fid.read_images(tmp_path / "x.npz", 1)
+    assert next(stream) == 12
+    rgb = images[..., :3] if shape[3:] > (1,) else np.repeat(images.reshape(12, 5, 7, 1), 3, 3)
+    assert np.array_equal(np.stack(list(stream)), rgb)
+
+def test_folder_is_decoded_in_order_and_not_far_ahead(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(fid, "list_images", lambda folder: [str(i) for i in range(400)])
+    monkeypatch.setattr(fid, "open_rgb", lambda p: opened.append(p) or np.full((2, 2, 3), int(p.name)))
+    stream = fid.read_images(tmp_path, 4)
+    assert next(stream) == 400 and not opened
+    first = next(stream)
+    assert len(opened) <= 128
+    assert [image[0, 0, 0] for image in (first, *stream)] == list(range(400)) and len(opened) == 400
+
+def test_reference_files(tmp_path):
+    mu, sigma = np.arange(2048, dtype=np.float32), np.eye(2048)
+    np.savez(tmp_path / "a.npz", ref_mu=mu, ref_sigma=sigma)
+    images = np.zeros((10, 4, 4, 3), np.uint8)
+    np.savez(tmp_path / "b.npz", arr_0=images, mu=mu, sigma=sigma, n=33)                 # both, like ADM's
+    np.savez(tmp_path / "c.npz", arr_0=images)
+    for name, n in (("a.npz", None), ("b.npz", 33)):
+        got = fid.read_statistics(tmp_path / name)
+        assert np.array_equal(got[0], mu) and np.array_equal(got[1], sigma) and got[2] == n
+    assert fid.read_statistics(tmp_path / "c.npz") is None
+
+# ---------------------------------------------------------------- the command line
+def fid_process(folder, *arguments):
+    return subprocess.run([sys.executable, HERE / "fid.py", *arguments], cwd=folder, capture_output=True,
+                          text=True)
+
+def fid_call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, arguments)])
+    encode.run(fid.main)
+
+def test_command_line(score_files, monkeypatch, capsys):
+    done = fid_process(score_files, "mixed", "--save", "saved.npz", "--weights", "zip.pth", "--device", "cpu")
+    assert done.returncode == 0
+    assert done.stdout == "n = 10 (mixed) | zip.pth, TF1 resize | saved to saved.npz\n"
+    with np.load(score_files / "saved.npz") as file:
+        assert {key: (file[key].dtype, file[key].shape) for key in ("mu", "sigma")} == {
+            "mu": (np.float32, (2048,)), "sigma": (np.float64, (2048, 2048))}
+        assert file["n"] == 10 and "mixed" in str(file["source"])
+    assert not list(score_files.glob(".tmp*"))
+
+    done = fid_process(score_files, "equal.npz", "saved.npz", "--weights", "legacy.pth", "--device", "cpu")
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "10/10" in done.stderr
+    assert sum(line.startswith("fid.py: ") for line in done.stderr.splitlines()) == 2    # both sets are small
+    line = re.fullmatch(r"FID (\S+) \| Inception Score \S+ \+- \S+ \| n = 10 \(equal\.npz\) against n = 10 "
+                        r"\(saved\.npz\) \| legacy\.pth, TF1 resize\n", done.stdout)
+    assert float(line[1]) > 1
+
+    # The same images from a folder (one gray, one with alpha), against the images behind saved.npz.
+    monkeypatch.chdir(score_files)
+    fid_call(monkeypatch, "equal", "mixed", "--weights", "zip.pth", "--device", "cpu")
+    again = done.stdout.replace("equal.npz", "equal").replace("saved.npz", "mixed").replace("legacy", "zip")
+    assert capsys.readouterr().out == again
+
+def npz_of(**arrays):
+    return lambda path: np.savez(path.open("wb"), **arrays)
+
+IMAGES = np.zeros((10, 4, 4, 3), np.uint8)
+BAD_SAMPLES = {
+    "missing.npz": None,
+    "text.npz": lambda path: path.write_text("no zip"),
+    "empty.npz": lambda path: path.write_bytes(b""),
+    "float.npz": npz_of(arr_0=IMAGES.astype(np.float32)),
+    "object.npz": npz_of(arr_0=np.array([{}] * 10, dtype=object)),
+    "channels.npz": npz_of(arr_0=np.zeros((10, 4, 4, 2), np.uint8)),
+    "channels_first.npz": npz_of(arr_0=np.zeros((10, 3, 4, 4, 1), np.uint8)),
+    "fortran.npz": npz_of(arr_0=np.asfortranarray(IMAGES)),
+    "latents.npz": npz_of(latents=IMAGES),
+    "few.npz": npz_of(arr_0=IMAGES[:9]),
+    "truncated.npz": lambda path: (npz_of(arr_0=IMAGES)(path), path.write_bytes(path.read_bytes()[:300])),
+    "photo.png": lambda path: Image.new("RGB", (9, 9)).save(path),
+    "empty": lambda path: path.mkdir(),
+    "notes": lambda path: (path.mkdir(), (path / "readme.txt").write_text("no images here")),
+}
+SIGMA = np.eye(2048)
+BAD_REFERENCES = {
+    "none.npz": None,
+    "dino.npz": npz_of(mu=np.zeros(768), sigma=np.eye(768)),
+    "nan.npz": npz_of(mu=np.full(2048, np.nan), sigma=SIGMA),
+    "half.npz": npz_of(mu=np.zeros(2048)),
+    "pickle.npz": npz_of(mu=np.array([PickledCode()], dtype=object), sigma=SIGMA),
+    "empty_reference": lambda path: path.mkdir(),
+}
+BAD_FLAGS = ["--batch 0", "--batch 1.5", "--workers 0", "--device tpu", "--device cuda:77", "--frobnicate",
+             "--save equal.npz", "--save nowhere/x.npz", "--weights none.pth", "--weights equal.npz",
+             "--weights ."]
+
+@pytest.mark.parametrize("case", [*BAD_SAMPLES, *BAD_REFERENCES, *BAD_FLAGS])
+def test_bad_input_is_one_line(score_files, tmp_path, monkeypatch, capsys, case):
+    make = (BAD_SAMPLES | BAD_REFERENCES).get(case)
+    if make:
+        make(tmp_path / case)
+    arguments = ([tmp_path / case, "mixed"] if case in BAD_SAMPLES else
+                 ["equal.npz", tmp_path / case] if case in BAD_REFERENCES else ["equal.npz", *case.split()])
+    arguments += ["--weights", "zip.pth"] * ("--weights" not in case)
+    before = (score_files / "equal.npz").read_bytes()
+    monkeypatch.chdir(score_files)
+    monkeypatch.setattr(fid, "extract", None)                            # refused before anything is computed
+    with pytest.raises(SystemExit) as stopped:
+        fid_call(monkeypatch, *arguments)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    assert err.startswith("fid.py: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert case.split()[-1] in err                                       # says what it is about
+    assert (score_files / "equal.npz").read_bytes() == before
+
+def test_unreadable_image_is_named(score_files, tmp_path, monkeypatch, capsys):
+    for i in range(10):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "7.png").write_bytes(b"not a picture")
+    with pytest.raises(SystemExit) as stopped:
+        fid_call(monkeypatch, tmp_path, "--weights", score_files / "zip.pth")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and line.startswith("fid.py: ") and "7.png" in line
+
+def test_damaged_archive_is_not_scored(score_files, tmp_path, monkeypatch, capsys):
+    data = bytearray((score_files / "equal.npz").read_bytes())
+    data[5000] ^= 255                                                    # the checksum of the zip tells
+    (tmp_path / "damaged.npz").write_bytes(data)
+    with pytest.raises(SystemExit):
+        fid_call(monkeypatch, tmp_path / "damaged.npz", "--weights", score_files / "zip.pth")
+    assert "damaged.npz" in capsys.readouterr().err
+
+def test_offline_without_weights(score_files, monkeypatch, capsys):
+    def no_network(*args, **kwargs):
+        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    with pytest.raises(SystemExit) as stopped:
+        fid_call(monkeypatch, score_files / "equal.npz")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 1 and err.count("\n") == 1 and "--weights" in err and fid.URL in err
+
+def test_bad_input_in_a_process_of_its_own(score_files):
+    done = fid_process(score_files, "none.npz", "--save", "new.npz")
+    assert done.returncode == 2 and done.stdout == "" and not (score_files / "new.npz").exists()
+    assert re.fullmatch(r"fid\.py: none\.npz: .*\n", done.stderr)
+
+# ---------------------------------------------------------------- geometry and the demo
+def test_gaussian_formulas_against_their_definitions():
+    lam, t = torch.tensor([0.0, 0.1, 1.0, 5.0]), 0.3
+    risk = jlt.gaussian_risk(lam, t)
+    d = [0.09 * v + 0.49 for v in (0.0, 0.1, 1.0, 5.0)]
+    assert risk["x"] == pytest.approx(sum(v * 0.49 / k for v, k in zip((0, 0.1, 1, 5), d)) / 4, rel=1e-6)
+    assert risk["eps"] == pytest.approx(sum(0.09 * v / k for v, k in zip((0, 0.1, 1, 5), d)) / 4, rel=1e-6)
+    assert risk["v"] == pytest.approx(sum(v / k for v, k in zip((0, 0.1, 1, 5), d)) / 4, rel=1e-6)
+    assert risk["v"] == pytest.approx(risk["x"] / 0.7 ** 2) == pytest.approx(risk["eps"] / 0.3 ** 2)
+    assert jlt.gaussian_gain(2.0, 0.25) == pytest.approx((0.5 / (0.125 + 0.5625), (0.5 - 0.75) / (0.125 + 0.5625)))
+    assert jlt.gaussian_gain(0.0, 0.25) == pytest.approx((0, -1 / 0.75))
+    for n in (1, 7):                                  # n equal directions among zeros
+        lam = torch.cat([torch.full((n,), 3.0), torch.zeros(5)])
+        assert jlt.effective_rank(lam) == pytest.approx(n) and jlt.participation_ratio(lam) == pytest.approx(n)
+    assert jlt.effective_rank([3.0, 1.0]) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    assert jlt.participation_ratio([3.0, 1.0]) == pytest.approx(1.6)
+
+def test_linear_probe_meets_the_gaussian_risk():
+    g = torch.Generator().manual_seed(0)
+    lam = torch.tensor([4.0, 1.0, 0.2, 0.01])
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=g))[0]
+    x = torch.randn(60_000, 4, generator=g) * lam.sqrt() @ rotation + 2
+    for t in (0.2, 0.8):
+        probe, risk = jlt.linear_probe(x[:30_000], x[30_000:], t), jlt.gaussian_risk(lam, t)
+        assert probe["x"] == pytest.approx(risk["x"], rel=0.03) and probe["v"] == pytest.approx(risk["v"], rel=0.03)
+
+def test_geometry_of_a_known_covariance(cli, tmp_path):
+    scale = torch.arange(1, 9).float().view(1, 8, 1, 1) / 4
+    z = torch.randn(600, 8, 4, 4, generator=torch.Generator().manual_seed(0)) * scale
+    cache = write_cache(tmp_path / "cache", n=600, latents=z.half(), latents_flip=z.half())
+    status, out, _ = cli(jlt, "--geometry", cache, "--out", tmp_path / "g.png")
+    lam = (scale.flatten() ** 2).double()
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
+    assert status == 0 and "9,600 tokens of 8 dimensions" in out
+    for target, spectrum in {"x": lam, "eps": torch.ones(8), "v": lam + 1}.items():
+        assert float(rows[target][1]) == pytest.approx(jlt.effective_rank(spectrum), rel=0.03)
+        assert float(rows[target][2]) == pytest.approx(jlt.participation_ratio(spectrum), rel=0.04)
+    assert float(rows["0.5"][1]) == pytest.approx(jlt.gaussian_risk(lam, 0.5)["x"], rel=0.05)
+    assert float(rows["0.5"][4]) == pytest.approx(jlt.gaussian_risk(lam, 0.5)["x"], rel=0.1)
+    with Image.open(tmp_path / "g.png") as picture:
+        assert len(picture.getcolors(100_000)) > 10
+    assert "32 dimensions" in cli(jlt, "--geometry", cache, "--model", "B/2", "--out", tmp_path / "g.png")[1]
+    refused(cli(jlt, "--geometry", tmp_path / "nowhere"), "nowhere")
+
+def test_tokens_are_patches():
+    z = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).float()
+    assert jlt.tokens(z, 1).shape == (32, 3) and torch.equal(jlt.tokens(z, 1)[5], z[0, :, 1, 1])
+    assert torch.equal(jlt.tokens(z, 2)[5].sort()[0], z[1, :, :2, 2:].flatten().sort()[0])
+
+def test_digits_and_their_codec(tmp_path):
+    images, labels = encode.draw_digits(60, seed=5)
+    assert images.shape == (60, 3, 32, 32) and images.dtype == torch.uint8 and labels[:12].tolist() == [*range(10), 0, 1]
+    assert torch.equal(images[:20], encode.draw_digits(60, seed=5)[0][:20]) and not torch.equal(images, encode.draw_digits(60, seed=6)[0])
+    assert (images.float().amax((1, 2, 3)) - images.float().amin((1, 2, 3)) > 60).all()        # ink shows on paper
+    encode.cache_digits(tmp_path, n=600)
+    data, codec = encode.LatentDataset(tmp_path), encode.load_vae(str(tmp_path / "codec.safetensors"))
+    assert len(data) == 600 and data.shape == (128, 2, 2) and data.num_classes == 10
+    torch.testing.assert_close(codec["basis"].T @ codec["basis"], torch.eye(128), rtol=0, atol=1e-4)
+    z = encode.encode(codec, images / 127.5 - 1)
+    torch.testing.assert_close(encode.encode(codec, encode.decode(codec, z)), z, rtol=0, atol=1e-3)      # a projection
+    x = jlt.tokens(data.rows(range(600), [True] * 600), 1)
+    cov = torch.cov(x.double().T)
+    assert cov.diagonal().mean() == pytest.approx(1, rel=0.01) and cov.diagonal()[:64].min() >= 0.9 * cov.diagonal()[64:].max()
+    assert (cov - cov.diagonal().diag()).abs().max() < 0.02 * cov.max()
+
+def test_demo_in_small(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jlt, "DEMO", jlt.DEMO | {"steps": 6, "log_every": 3, "sample_steps": 2, "depth": 1})
+    monkeypatch.setattr(jlt, "DEMO_IMAGES", 200)
+    monkeypatch.setattr(jlt, "cache_digits", lambda folder: encode.cache_digits(folder, n=500))
+    seen, sample = [], jlt.sample
+    monkeypatch.setattr(jlt, "sample", lambda net, y, noise, *a, **k: seen.append((y, noise)) or sample(net, y, noise, *a, **k))
+    status, out, err = cli(jlt, "--demo", "--device", "cpu")
+    assert status == 0, err
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(("real ", "x-pred", "v-pred"))}
+    assert 0 < float(rows["real"][1]) < float(rows["x-pred."][2]) and rows["real"][3] == "1.00"
+    assert len(seen) == 2 and torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])    # matched
+    configs = [torch.load(tmp_path / f"runs/demo/{t}/ckpt.pt", weights_only=True)["config"] for t in "xv"]
+    assert {k for k in configs[0] if configs[0][k] != configs[1][k]} == {"target", "out"}
+    with Image.open(tmp_path / "runs/demo/demo.png") as picture:
+        assert picture.size == (960, 576)
+    assert cli(jlt, "--demo", "--target", "eps", "--hidden-size", 32, "--device", "cpu")[0] == 0
+    assert (tmp_path / "runs").is_dir() and len(list((tmp_path / "runs").glob("demo*/eps/ckpt.pt"))) == 1
+
+def test_digit_judge_learns():
+    judge = fid.DigitNet(*encode.draw_digits(1000, seed=1), steps=60)
+    assert judge.accuracy(*encode.draw_digits(500, seed=2)) > 0.9

@@ -90,6 +90,7 @@ def open_rgb(path):
     with Image.open(path) as image:
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        image.info.pop("transparency", None)          # of a palette: Pillow would warn, and refuse to save the result
         return image.convert("RGB")
 
 def center_crop(image, size):

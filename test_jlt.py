@@ -1170,6 +1170,7 @@ def test_demo_in_small(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jlt, "DEMO", jlt.DEMO | {"steps": 6, "log_every": 3, "sample_steps": 2, "depth": 1})
     monkeypatch.setattr(jlt, "DEMO_IMAGES", 200)
+    monkeypatch.setattr(jlt, "DigitNet", lambda *digits: fid.DigitNet(*digits, steps=30))
     monkeypatch.setattr(jlt, "cache_digits", lambda folder: encode.cache_digits(folder, n=500))
     seen, sample = [], jlt.sample
     monkeypatch.setattr(jlt, "sample", lambda net, y, noise, *a, **k: seen.append((y, noise)) or sample(net, y, noise, *a, **k))

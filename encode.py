@@ -76,7 +76,9 @@ def pick_device(name=None):
     index = int(index if index.isdecimal() else os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
     need(kind == "cpu" or kind == best and index < max(1, torch.cuda.device_count()),
          f"--device {name or f'cuda:{index}'}: not on this machine, which has {best}")
-    return torch.device(kind, index)
+    if kind == "cuda":
+        torch.cuda.set_device(index)
+    return torch.device(f"cuda:{index}" if kind == "cuda" else kind)
 
 # ---------------------------------------------------------------- images
 def list_images(folder):

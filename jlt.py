@@ -420,8 +420,7 @@ def sample_command(checkpoint, classes, n, given):
     need(not useless, f"--{min(useless, default='').replace('_', '-')}: has no use with --sample; the checkpoint decides")
     cfg = Config(**given)
     device, out = pick_device(cfg.device), Path(cfg.out or ("samples.npz" if n else "samples.png"))
-    need(not out.exists(), f"{out}: exists; move it, or give another --out")
-    need(out.parent.is_dir(), f"{out}: its folder does not exist; make it first")
+    need(not out.exists() and out.parent.is_dir(), f"{out}: exists, or its folder does not; give another --out")
     net, known = load_network(checkpoint)
     cfg = replace(cfg, **{k: v for k, v in known.items() if k not in given})
     need(not classes or 0 <= min(classes) <= max(classes) < net.num_classes,
@@ -523,8 +522,8 @@ def train(cfg):
             losses, norms = torch.stack(recent, 1)                        # (steps since the last line,) each
             total(losses)
             good = (losses.isfinite() & norms.isfinite()).int()
-            need(good.all(), f"{out}: loss or gradient not finite at step {step - len(recent) + 1 + int(good.argmin()):,}; ckpt.pt "
-                 "is from before; try a lower --lr, or --precision fp32", 1)
+            need(good.all(), f"{out}: loss or gradient not finite at step {step - len(recent) + 1 + int(good.argmin()):,}; ckpt.pt is "
+                 "from before; try a lower --lr, or --precision fp32", 1)
         if log:
             total(bins)
             seconds = (time.perf_counter() - clock) / len(recent)

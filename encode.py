@@ -157,6 +157,7 @@ def decode(vae, latents):
         patches = torch.einsum("bdhw,cd->bchw", latents.cpu().float() * vae["scale"], vae["basis"]) + vae["mean"]
         return F.pixel_shuffle(patches, 16)
     mean, std = normalization(vae)
+    need(latents.shape[1] == len(mean[0]), f"this VAE decodes {len(mean[0])} channels, the latents have {latents.shape[1]}")
     latents = F.pixel_shuffle(latents.to(vae.device).float() * std + mean, 2)           # (B, 32, 2h, 2w)
     return vae.decode(latents.to(vae.dtype)).sample.float()
 

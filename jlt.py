@@ -106,8 +106,11 @@ def resolve(cfg):
 
 def autocast(cfg, device):
     """bfloat16 matrix products over float32 weights, or nothing."""
-    on = cfg.precision == "bf16" or cfg.precision == "auto" and device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    return torch.autocast(device.type, torch.bfloat16,
+                          enabled=cfg.precision == "bf16" or cfg.precision == "auto" and device.type == "cuda")
+
+def compiles(cfg, device):
+    return cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
 
 def rng(stream, *key, device="cpu"):
     """A generator that is a function of integers such as (seed, step, micro-batch): data order and noise then
@@ -426,6 +429,8 @@ def sample_command(checkpoint, classes, n, given):
     need(not classes or 0 <= min(classes) <= max(classes) < net.num_classes,
          f"--classes {classes}: this model has classes 0 to {net.num_classes - 1}")
     vae, net = load_vae(cfg.vae, device), net.to(device)
+    if compiles(cfg, device):
+        net.compile(dynamic=False)                    # in place: names and num_classes stay
     print(f"{cfg.target}-prediction, {cfg.sample_steps} Heun steps, guidance {cfg.cfg} on {cfg.interval}, seed {cfg.seed}")
     if n:
         sample_file(net, vae, n, cfg, device, out)
@@ -484,8 +489,7 @@ def train(cfg):
             except Stop as e:
                 print(f"no pictures on the way: {e}", flush=True)
 
-    compiled = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
-    loss_fn = torch.compile(flow_loss, dynamic=False) if compiled else flow_loss
+    loss_fn = torch.compile(flow_loss, dynamic=False) if compiles(cfg, device) else flow_loss
     warmup = max(1, round(cfg.warmup_epochs * len(data) / cfg.batch))
     peak = WORLD * PEAK.get(torch.cuda.get_device_name(device), 0) if device.type == "cuda" else 0
     stream = batches(data, cfg, ((s, m) for s in range(start, cfg.steps) for m in range(RANK, micros, WORLD)), device)

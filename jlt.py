@@ -552,7 +552,7 @@ def train(cfg):
                 with atomic(path) as tmp:
                     torch.save(state, tmp)
             except RuntimeError as e:                 # torch's zip writer makes this of a full disk
-                raise Stop(f"{path}: cannot be written ({str(e)[:80]}); the one before it is intact", 1) from None
+                raise Stop(f"{path}: cannot be written; is the disk full? ({str(e)[:60]}) The one before it is intact", 1) from None
         if vae and step % cfg.sample_every == 0:
             labels = torch.linspace(0, data.num_classes - 1, 16).long()
             save_grid(out / f"samples_{step:07d}.png", pictures(vae, generate(ema, labels, 0, cfg, device)), 8)

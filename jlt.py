@@ -1,15 +1,15 @@
 """JLT: clean-latent prediction in latent diffusion transformers (arXiv 2605.27102), in one file.
 
-A diffusion transformer (DiT) learns to turn Gaussian noise into FLUX.2 latents of ImageNet pictures. On the
-straight path from noise to data, z = t x + (1 - t) eps, it may be asked for the velocity v = x - eps, as is
-usual, or for the clean latent x itself. Nothing else differs, and x gives the far better pictures.
+A diffusion transformer (DiT) learns to turn Gaussian noise into FLUX.2 latents of ImageNet pictures. On the straight path
+from noise to data, z = t x + (1 - t) eps, it may be asked for the velocity v = x - eps, as is usual, or for the clean
+latent x itself. Nothing else differs, and x gives the far better pictures.
 
+    python jlt.py --demo                                  # see it: drawn digits, two minutes, no data, no GPU
     python encode.py imagenet/                            # once: pictures -> latents/
     python jlt.py --target x                              # the paper's run; --target v is its baseline
     torchrun --nproc-per-node 8 jlt.py --micro-batch 128  # the same run on 8 GPUs
-    python jlt.py --sample runs/B-1-x --classes 207 360   # a picture of samples
-    python jlt.py --sample runs/B-1-x --n 50000           # samples.npz, for fid.py
-    python jlt.py --depth 4 --hidden-size 256 --batch 64  # a model for a laptop
+    python jlt.py --sample runs/B-1-x --classes 207 360   # a picture of samples; --n 50000: samples.npz, for fid.py
+    python jlt.py --geometry latents/                     # what the targets look like on these latents
 
 The same command run again continues where the last one stopped.
 """
@@ -122,8 +122,7 @@ ORDER, FLIPS, NOISE, SAMPLES = range(4)               # the streams
 
 # ================================================================ model
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in float32. Written out, because what autocast makes of
-    F.rms_norm changed between torch 2.11 and 2.12."""
+    """x / rms(x) * weight in float32. Written out: what autocast makes of F.rms_norm changed with torch 2.12."""
     def __init__(self, dim, eps=1e-6):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
@@ -332,12 +331,11 @@ def load_file(path):
     try:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise Stop(f"{path}: {e.strerror}; give a checkpoint, or a run folder that holds ckpt.pt") from None
-    except Exception as e:                            # of many kinds: unpickling, zip, storage
+    except Exception as e:                            # of many kinds: the disk's, unpickling, zip, storage
         code = re.search(r"GLOBAL (\S+)", str(e))
-        raise Stop(f"{path}: " + (f"names {code[1]}, and no code is imported for a checkpoint" if code else
-                                  f"damaged, or no checkpoint ({type(e).__name__}); nothing was changed")) from None
+        why = getattr(e, "strerror", None) or (f"names {code[1]}, and no code is imported for a checkpoint" if code else
+                                               f"damaged, or no checkpoint ({type(e).__name__})")
+        raise Stop(f"{path}: {why}; nothing was changed; give a checkpoint, or a run folder with ckpt.pt in it") from None
 
 def load_run(path, cfg, identity):
     """The checkpoint of a run folder, if it was made with these settings and data; Stop if not."""
@@ -497,8 +495,7 @@ def train(cfg):
     for s in (signal.SIGINT, signal.SIGTERM):         # the first one ends the run at the end of the step, the second at once
         signal.signal(s, lambda s, _: (caught.append(s), signal.signal(s, signal.SIG_DFL)))
 
-    for step in range(start + 1, cfg.steps + 1):
-        # ------------------------------------------------ one step
+    for step in range(start + 1, cfg.steps + 1):      # ------------------------- one step
         lr = opt.param_groups[0]["lr"] = cfg.lr * min(1, step / warmup, (cfg.steps + 1 - step) / max(1, cfg.cooldown * cfg.steps))
         step_loss = torch.zeros((), device=device)
         for m in range(RANK, micros, WORLD):
@@ -517,8 +514,7 @@ def train(cfg):
         with torch.no_grad():
             torch._foreach_lerp_(averages, params, 1 - cfg.ema)
         recent.append(torch.stack([step_loss, norm]))
-
-        # ------------------------------------------------ once in a while
+        # ----------------------------------------------------------------------- once in a while
         total(stop := torch.tensor(len(caught)))
         log = step % cfg.log_every == 0 or step == cfg.steps
         save = step % cfg.save_every == 0 or step == cfg.steps or stop
@@ -564,16 +560,15 @@ def train(cfg):
 # ================================================================ target geometry (section 3.2, App. B and D)
 def gaussian_risk(lam, t):
     """Least mean squared errors per direction for x ~ N(0, diag(lam)) at time t: the variances left in x, eps and v
-    once z is known (5)-(6), App. B. Note R_v = R_x / (1 - t)^2. -> {"x": R_x, "eps": R_eps, "v": R_v}"""
+    once z is known (5)-(6), App. B. -> {"x": R_x, "eps": R_eps, "v": R_v}; R_v is R_x / (1 - t)^2."""
     lam = torch.as_tensor(lam, dtype=torch.float64)
     d = t ** 2 * lam + (1 - t) ** 2                                       # variance of z
     parts = {"x": lam * (1 - t) ** 2 / d, "eps": t ** 2 * lam / d, "v": lam / d}
     return {target: part.mean().item() for target, part in parts.items()}
 
 def gaussian_gain(lam, t):
-    """What the best prediction makes of z in a direction of variance lam, App. B: the factors of E[x|z] and E[v|z]."""
-    d = t ** 2 * lam + (1 - t) ** 2
-    return t * lam / d, (t * lam - (1 - t)) / d
+    """E[x|z] / z and E[v|z] / z in a direction of variance lam: how much of z the best prediction hands on (App. B)."""
+    return t * lam / (t ** 2 * lam + (1 - t) ** 2), (t * lam - (1 - t)) / (t ** 2 * lam + (1 - t) ** 2)
 
 def effective_rank(lam):
     """exp of the entropy of lam / sum(lam): how many directions carry the variance (Roy & Vetterli 2007)."""

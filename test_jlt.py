@@ -4,6 +4,7 @@ import json, math, os, pickle, re, signal, subprocess, sys, time
 from argparse import Namespace
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"                   # two threads on two busy cores wait for each other more than they work
 import numpy as np
 import pytest
 import scipy.linalg

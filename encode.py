@@ -294,12 +294,13 @@ def main():
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
     weights = b"".join(v.cpu().numpy().tobytes() for k, v in vae.state_dict().items() if "decoder" not in k and "post" not in k)
     parts = [range(k, min(k + args.shard, len(names))) for k in range(0, len(names), args.shard)]
-    meta = {"vae": args.vae, "encoder": digest(weights), "files": digest(os.fsencode("\0".join(names))), "size": args.size,
-            "shards": len(parts), "classes": classes}
+    meta = {"vae": args.vae, "encoder": digest(weights), "files": digest(os.fsencode("\0".join(names + classes))), "size": args.size,
+            "shard": args.shard, "shards": len(parts), "classes": classes}
     out.mkdir(parents=True, exist_ok=True)
     paths, meta_path = [out / f"latents_{k:05d}.safetensors" for k in range(len(parts))], out / "meta.json"
     old = json.loads(meta_path.read_text()) if meta_path.exists() else meta
-    for key in ("encoder", "size", "files", "shards"):
+    need(meta_path.exists() or not any(out.glob("latents_*")), f"{out}: holds latents of another origin; give another --out")
+    for key in ("encoder", "size", "files", "shard"):
         need(old.get(key) == meta[key], f"{out}: made with other {key} ({old.get(key)}, now {meta[key]}); give another --out")
     if RANK == 0:
         with atomic(meta_path) as tmp:
@@ -314,7 +315,7 @@ def main():
     with ThreadPoolExecutor(1) as writer, tqdm(total=sum(map(len, batches)), unit="image") as bar:
         writing = writer.submit(int)                  # a shard is written while the GPU is at the next
         for k in todo:
-            latents, kept, skipped = [], [], []
+            latents, kept, skipped = [torch.zeros(2, 0, 128, args.size // 16, args.size // 16).half()], [], []
             for _ in range(0, len(parts[k]), args.batch):
                 index, images, why = next(loader)     # (B,), uint8 (B, S, S, 3), reasons
                 for i, reason in zip(index.tolist(), why):
@@ -323,7 +324,8 @@ def main():
                         bar.write(f"skipped {ascii(names[i])}: {reason}", file=sys.stderr)
                 good = torch.tensor([not reason for reason in why])
                 x = images[good].to(device, non_blocking=True).permute(0, 3, 1, 2) / 127.5 - 1      # (B, 3, S, S)
-                latents.append(encode(vae, torch.cat([x, x.flip(-1)])).half().cpu().unflatten(0, (2, -1)))
+                if good.any():
+                    latents.append(encode(vae, torch.cat([x, x.flip(-1)])).half().cpu().unflatten(0, (2, -1)))
                 kept += index[good].tolist()
                 bar.update(len(why))
             writing.result()                          # raises what went wrong there

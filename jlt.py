@@ -492,8 +492,8 @@ def train(cfg):
     peak = WORLD * PEAK.get(torch.cuda.get_device_name(device), 0) if device.type == "cuda" else 0
     stream = batches(data, cfg, ((s, m) for s in range(start, cfg.steps) for m in range(RANK, micros, WORLD)), device)
     recent, bins, clock, caught = [], torch.zeros(2, 10, device=device), time.perf_counter(), []
-    for s in (signal.SIGINT, signal.SIGTERM):         # the first one ends the run at the end of the step, the second at once
-        signal.signal(s, lambda s, _: (caught.append(s), signal.signal(s, signal.SIG_DFL)))
+    handler = lambda s, _: (caught.append(s), signal.signal(s, signal.SIG_DFL))         # first: end this step; second: at once
+    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
 
     for step in range(start + 1, cfg.steps + 1):      # ------------------------- one step
         lr = opt.param_groups[0]["lr"] = cfg.lr * min(1, step / warmup, (cfg.steps + 1 - step) / max(1, cfg.cooldown * cfg.steps))
@@ -554,7 +554,9 @@ def train(cfg):
             save_grid(out / f"samples_{step:07d}.png", pictures(vae, generate(ema, labels, 0, cfg, device)), 8)
         if stop:
             raise Stop(f"{out}: stopped by a signal, saved at step {step:,}; the same command continues", 130)
-    print(f"{out}: {cfg.steps:,} steps done; python jlt.py --sample {out} --classes 0 1 shows samples, a larger --steps goes on")
+    for s in before:
+        signal.signal(s, before[s])
+    print(f"{out}: {max(start, cfg.steps):,} steps done; python jlt.py --sample {out} --classes 0 1 shows samples, a larger --steps goes on")
     return out
 
 # ================================================================ target geometry (section 3.2, App. B and D)
@@ -654,6 +656,7 @@ DEMO_IMAGES = 2000                                    # samples of each target, 
 def demo(given):
     """--demo: the same network, loss, loop and sampler on drawn digits, for x and for v from the same weights, data
     order and noise. Prints the table and writes the picture: rows of real digits, of x's and of v's."""
+    need("data" not in given, "--data: has no use with --demo, which draws its own")
     started, targets = time.time(), [given["target"]] if "target" in given else ["x", "v"]
     changed = "".join(f"-{k}-{v}" for k, v in sorted(given.items()) if k not in FREE - {"steps"} | {"target"})
     out = Path(given.pop("out", "runs/demo" + changed))
@@ -708,9 +711,9 @@ def main():
     given = vars(parser.parse_args())
     show, folder, checkpoint, classes, n = (given.pop(k) for k in ("demo", "geometry", "sample", "classes", "n"))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    need(checkpoint or not classes and not n, "--classes and --n go with --sample CKPT")
+    need(checkpoint is not None or not classes and not n, "--classes and --n go with --sample CKPT")
     need(bool(checkpoint) + show + (folder is not None) < 2, "--demo, --geometry and --sample: one at a time")
-    if checkpoint:
+    if checkpoint is not None:
         sample_command(checkpoint, classes, n, given)
     elif show:
         demo(given)

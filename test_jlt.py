@@ -604,7 +604,7 @@ def test_uint8_and_grid(tmp_path):
 @pytest.fixture(scope="module")
 def cache(photos, vae, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache") / "latents"
-    args = [photos, "--vae", vae, "--size", 32, "--shard", 5, "--batch", 3, "--workers", 1, "--device", "cpu"]
+    args = [photos, "--vae", vae, "--size", 32, "--shard", 5, "--batch", 1, "--workers", 1, "--device", "cpu"]
     result = call("encode.py", *args, "--out", out)
     assert result.returncode == 0, result.stderr
     return out, args, result
@@ -640,7 +640,6 @@ def test_killed_encoding_ends_byte_identical_and_two_processes_share(cache, tmp_
     process.communicate()
     (tmp_path / "cut/.tmp.latents_00003.safetensors").write_bytes(b"half")
     (tmp_path / "cut/latents_00003.safetensors").unlink(missing_ok=True)
-    (tmp_path / "cut/meta.json").unlink(missing_ok=True)
     with pytest.raises(encode.Stop, match="of 5 shards"):
         encode.LatentDataset(tmp_path / "cut")
     result = call("encode.py", *args, "--out", tmp_path / "cut", processes=2)
@@ -651,7 +650,8 @@ def test_encode_refuses_what_it_cannot_do(cache, photos, vae, cli, tmp_path):
     out, args, _ = cache
     before = files_of(out)
     refused(cli(encode, *args, "--out", out, "--size", 48), "size")
-    refused(cli(encode, *args, "--out", out, "--shard", 7), "shards")
+    refused(cli(encode, *args, "--out", out, "--shard", 7), "other shard")
+    refused(cli(encode, *args, "--out", write_cache(tmp_path / "foreign")), "another origin")
     other = tmp_path / "photos"
     (other / "train/one").mkdir(parents=True)
     refused(cli(encode, other, *args[1:], "--out", out), "no images")

@@ -69,6 +69,10 @@ def atomic(path):
     finally:
         tmp.unlink(missing_ok=True)
 
+def write_json(path, value):
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(value, indent=1))
+
 def pick_device(name=None):
     """"cuda", "cuda:1", "mps", "cpu" or None, the best there is; under torchrun every rank has its own GPU."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -199,7 +203,7 @@ def cache_digits(folder, n=10_000):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "codec.safetensors").write_bytes(save(codec))
         save_shard(folder / "latents_00000.safetensors", z, z, torch.arange(n) % 10)    # a mirrored 3 is no digit
-        (folder / "meta.json").write_text(json.dumps(meta))
+        write_json(folder / "meta.json", meta)        # last: it says that all is there
 
 # ---------------------------------------------------------------- the cache
 def save_shard(path, latents, flipped, labels, **header):
@@ -226,8 +230,8 @@ class LatentDataset(torch.utils.data.Dataset):
     def __init__(self, folder):
         files, meta = sorted(Path(folder).glob("latents_*.safetensors")), Path(folder, "meta.json")
         need(files, f"{folder}: holds no latents_*.safetensors; make them: python encode.py IMAGES --out {folder}")
-        headers, self.shards = zip(*map(open_shard, files))
-        want = headers[0].get("shards", len(files))
+        self.headers, self.shards = zip(*map(open_shard, files))
+        want = self.headers[0].get("shards", len(files))
         need(want == len(files), f"{folder}: {len(files)} of {want} shards; the same encode.py command finishes it")
         self.meta = json.loads(meta.read_text()) if meta.exists() else {}
         self.ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
@@ -295,16 +299,15 @@ def main():
     weights = b"".join(v.cpu().numpy().tobytes() for k, v in vae.state_dict().items() if "decoder" not in k and "post" not in k)
     parts = [range(k, min(k + args.shard, len(names))) for k in range(0, len(names), args.shard)]
     meta = {"vae": args.vae, "encoder": digest(weights), "files": digest(os.fsencode("\0".join(names + classes))), "size": args.size,
-            "shard": args.shard, "shards": len(parts), "classes": classes}
+            "shard": args.shard, "classes": classes}
     out.mkdir(parents=True, exist_ok=True)
     paths, meta_path = [out / f"latents_{k:05d}.safetensors" for k in range(len(parts))], out / "meta.json"
-    old = json.loads(meta_path.read_text()) if meta_path.exists() else meta
     need(meta_path.exists() or not any(out.glob("latents_*")), f"{out}: holds latents of another origin; give another --out")
+    if RANK == 0 and not meta_path.exists():
+        write_json(meta_path, meta)
+    old = json.loads(meta_path.read_text()) if meta_path.exists() else meta
     for key in ("encoder", "size", "files", "shard"):
         need(old.get(key) == meta[key], f"{out}: made with other {key} ({old.get(key)}, now {meta[key]}); give another --out")
-    if RANK == 0:
-        with atomic(meta_path) as tmp:
-            tmp.write_text(json.dumps(old, indent=1))
     todo = [k for k in range(RANK, len(parts), WORLD) if not paths[k].exists()]
     print(f"{out}: {len(names):,} files of {len(classes)} classes; {sum(p.exists() for p in paths)} of {len(parts)} shards "
           "were there already", file=sys.stderr)
@@ -336,9 +339,9 @@ def main():
         return                                        # the first process waits for the others and completes the cache
     while not all(path.exists() for path in paths):
         time.sleep(1)
-    data, skipped = LatentDataset(out), sum((open_shard(path)[0]["skipped"] for path in paths), [])
-    with atomic(meta_path) as tmp:
-        tmp.write_text(json.dumps(meta | {"images": len(data), "skipped": skipped}, indent=1))
+    data = LatentDataset(out)
+    skipped = sum((header["skipped"] for header in data.headers), [])
+    write_json(meta_path, meta | {"images": len(data), "skipped": skipped})
     unreadable, some = {name for name, _ in skipped}, range(0, len(data), -(-len(data) // 512))
     photos = Photos(root, [name for name in names if name not in unreadable], args.size)
     std, mean = torch.std_mean(torch.stack([data[i][0] for i in some]), (0, 2, 3))

@@ -89,8 +89,7 @@ class Config:
         need(self.logit_t[1] >= 0, f"--logit-t {self.logit_t}: a standard deviation is not negative")
 
 # What may differ when a run is continued, because the weights stay what they would have been.
-FREE = {"steps", "data", "out", "vae", "log_every", "save_every", "sample_every", "device", "compile", "sample_steps",
-        "cfg", "interval"}
+FREE = {"steps", "out", "vae", "log_every", "save_every", "sample_every", "device", "compile", "sample_steps", "cfg", "interval"}
 
 def resolve(cfg):
     """Config with the derived values filled in."""
@@ -342,7 +341,7 @@ def load_run(path, cfg, identity):
     state, new = load_file(path), asdict(cfg) | {"data": identity}
     need(isinstance(state, dict) and "identity" in state, f"{path}: not a checkpoint of this program; give another --out")
     old = state["config"] | {"data": state["identity"]}
-    free = FREE - {"data", "steps"} if cfg.cooldown else FREE - {"data"}  # a cool-down depends on where it ends
+    free = FREE - {"steps"} if cfg.cooldown else FREE                     # a cool-down depends on where it ends
     other = [f"{k} {old.get(k)} (now {new[k]})" for k in new if k not in free and old.get(k) != new[k]]
     need(not other, f"{path}: made with other settings: {', '.join(other)}; give another --out")
     return state

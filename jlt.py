@@ -276,12 +276,10 @@ def sample(net, y, noise, target="x", steps=50, cfg=2.9, interval=(0.1, 1.0), me
 
     def guided(z, t):
         on = cfg != 1 and (low < t or low == 0) and t < high
-        time = torch.full((len(z) * (1 + on),), t, device=z.device, dtype=z.dtype)
-        if not on:
-            return velocity(net(z, time, y), z, time, target, t_eps)
-        zz, yy = torch.cat([z, z]), torch.cat([y, torch.full_like(y, net.num_classes)])
-        v_c, v_u = velocity(net(zz, time, yy), zz, time, target, t_eps).to(z.dtype).chunk(2)
-        return v_u + cfg * (v_c - v_u)
+        zz, yy = (torch.cat([z, z]), torch.cat([y, torch.full_like(y, net.num_classes)])) if on else (z, y)
+        tt = torch.full((len(zz),), t, device=z.device, dtype=z.dtype)
+        v, *v_u = velocity(net(zz, tt, yy), zz, tt, target, t_eps).to(z.dtype).split(len(z))    # float32, also of bf16
+        return v_u[0] + cfg * (v - v_u[0]) if on else v
 
     z = noise
     for i in range(steps):

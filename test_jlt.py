@@ -321,6 +321,12 @@ def test_guided_velocity():
     assert probe(1, 2.5, (0.0, 1.0))[1].flatten().tolist() == [1 + 2.5 * (3 - 1)] * 2          # v_u + w (v_c - v_u)
     assert probe(2, 2.5, (0.5, 1.0), "euler")[1].flatten().tolist() == [3.0, 3.0]              # never above 0.5: v_c
 
+def test_bf16_networks_are_integrated_in_float32():
+    answers = iter([1.0, 1.0 + 2 ** -7, 1.0])         # bf16 could not hold the sum of the first two
+    net = lambda z, t, y: torch.full_like(z, next(answers)).bfloat16()
+    z = jlt.sample(net, torch.zeros(1).long(), torch.zeros(1, 1, 1, 1), "v", 2, 1.0)
+    assert z.item() == (1 + 1 + 2 ** -7) / 4 + 0.5
+
 def test_noise_of_an_image_depends_on_seed_and_number_only(monkeypatch):
     monkeypatch.setattr(jlt, "sample", lambda net, y, noise, *a, **k: noise)
     net, cpu = small(), torch.device("cpu")

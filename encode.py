@@ -4,114 +4,46 @@
     python encode.py photos/ --out latents_photos     # any folder of class folders
     torchrun --nproc-per-node 2 encode.py imagenet/   # several GPUs or hosts share the shards
 
-Interrupted? Run the same command again: finished shards are kept, the one in flight is made anew. When it is
-done, look at latents/reconstructions.png: originals, each with what its latent decodes to at its right.
+Look at latents/reconstructions.png first: originals, each with what its latent decodes to at its right. Interrupted?
+Run the same command again: finished shards are kept, the one in flight is made anew.
 """
 import argparse, hashlib, json, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+import torch, torch.nn as nn, torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from fid import PARSER, RANK, WORLD, Stop, atomic, conv, list_images, need, open_rgb, reading, run
+
 VAE = "black-forest-labs/FLUX.2-klein-4B"             # Apache-2.0; the VAE is in its folder vae/
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".mpo")
-RANK, WORLD = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))   # torchrun's
 
-# ---------------------------------------------------------------- faults, files, devices
-class Stop(Exception):
-    """Stop(line, status=2): a fault that one line explains; exit status 2 for bad usage, 1 for a fault on the way."""
-
-def need(condition, line, status=2):
-    if not condition:
-        raise Stop(line, status)
-
-def run(main):
-    """Calls main(); a foreseeable fault becomes one line on stderr and an exit status, not a traceback."""
-    try:
-        return main()
-    except Stop as e:
-        line, status = (*e.args, 2)[:2]
-    except KeyboardInterrupt:
-        line, status = "interrupted; what was finished is kept", 130
-    except (MemoryError, torch.OutOfMemoryError):
-        line, status = "out of memory; lower --batch (encode.py, fid.py) or --micro-batch (jlt.py)", 1
-    except OSError as e:                              # disk full, no permission, a network drive gone
-        line, status = f"{e.filename or 'writing'}: {e.strerror or e}; what was finished is kept", 1
-    print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
-    sys.exit(status)
-
-def make_parser(doc):
-    """An argparse parser whose complaints are one line, without the usage before them."""
-    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=doc, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-def positive(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"needs a whole number of at least 1, not {text!r}")
-    return int(text)
-
-@contextmanager
-def atomic(path):
-    """Yields a temporary name, renamed to `path` on success: readers find the old file or all of the new one."""
-    tmp = Path(path).with_name(f".tmp.{Path(path).name}")
-    try:
-        yield tmp
-        with open(tmp, "rb+") as file:
-            os.fsync(file)                            # after a power cut, too
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-def write_json(path, value):
-    with atomic(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1))
-
+# ---------------------------------------------------------------- devices and images
 def pick_device(name=None):
-    """"cuda", "cuda:1", "mps", "cpu" or None, the best there is; under torchrun every rank has its own GPU."""
+    """"cuda", "cuda:1", "mps", "cpu" or None, the best there is; under torchrun every process has its own GPU."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = (name or best).partition(":")
-    index = int(index if index.isdecimal() else os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0
-    need(kind == "cpu" or kind == best and index < max(1, torch.cuda.device_count()),
-         f"--device {name or f'cuda:{index}'}: not on this machine, which has {best}")
-    if kind == "cuda":
-        torch.cuda.set_device(index)
-    return torch.device(f"cuda:{index}" if kind == "cuda" else kind)
-
-# ---------------------------------------------------------------- images
-def list_images(folder):
-    """Sorted paths, relative to `folder`, of the image files in it and below it (known by extension)."""
-    return sorted(os.path.relpath(os.path.join(root, file), folder) for root, _, files in os.walk(folder)
-                  for file in files if file.lower().endswith(EXTENSIONS))
-
-def open_rgb(path):
-    """Any image file as RGB: its first frame, alpha dropped, not rotated by EXIF (ImageNet's convention). 16-bit
-    grayscale is scaled to 8 bits; Pillow's convert alone would make it white."""
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-        image.info.pop("transparency", None)          # of a palette: Pillow would warn, and refuse to save the result
-        return image.convert("RGB")
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if (name or best) == "cuda" else name or best
+    with reading(f"--device {name}", f"not on this machine, which has {best}"):
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)
+        return torch.empty(1, device=name).device
 
 def center_crop(image, size):
     """PIL image -> size x size. ADM's crop (guided-diffusion): halve with a box filter while the short side is at
-    least 2 * size, bicubic until it is `size`, cut out the centre. ValueError for endless strips."""
+    least 2 * size, bicubic until it is `size`, cut out the centre. Raises Stop for endless strips."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     width, height = (round(side * (size / min(image.size))) for side in image.size)
-    if width * height > 2 * Image.MAX_IMAGE_PIXELS:   # a 1 x 5000 strip would become 256 x 1,280,000
-        raise ValueError(f"{image.width} x {image.height} is too long for a square crop")
+    need(width * height < 2 * Image.MAX_IMAGE_PIXELS, f"{image.width} x {image.height} is too long a strip for a square crop")
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
 
-def to_uint8(images):
-    """Images (B, 3, H, W) in [-1, 1] -> uint8."""
+def to_uint8(images):                                 # any shape, in [-1, 1]
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 def save_grid(path, images, columns):
@@ -126,44 +58,39 @@ def load_vae(name=VAE, device="cpu"):
     Raises Stop where there is none, or where the weights are another model's."""
     if str(name).endswith("codec.safetensors"):
         return load_file(name)
-    from diffusers import AutoencoderKLFlux2, logging  # here: the import takes seconds
+    from diffusers import AutoencoderKLFlux2, logging # here: the import takes seconds
+    from huggingface_hub import snapshot_download
     logging.set_verbosity_error()
-    for subfolder in ("vae", None):
-        try:
-            vae, report = AutoencoderKLFlux2.from_pretrained(name, subfolder=subfolder, output_loading_info=True)
-            if not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-                return vae.eval().requires_grad_(False).to(device)
-            reason = "other weights than an AutoencoderKLFlux2 has"
-        except Exception as e:                        # of many kinds: the hub's, diffusers', safetensors'
-            reason = str(e)[:160]
-    raise Stop(f"--vae {name}: cannot be loaded ({reason}); give a folder with an AutoencoderKLFlux2, such as flux2 after: "
-               f"hf download {VAE} --include 'vae/*' --local-dir flux2")
-
-def normalization(vae):
-    """Mean and std (1, 128, 1, 1) of the VAE's own BatchNorm, which diffusers leaves to its caller."""
-    mean, var = (s.float().view(1, -1, 1, 1) for s in (vae.bn.running_mean, vae.bn.running_var))
-    return mean, (var + vae.config.batch_norm_eps).sqrt()
+    with reading(f"--vae {name}", f"no AutoencoderKLFlux2 there; try: hf download {VAE} --include 'vae/*' --local-dir flux2"):
+        files = ["vae/*", "config.json", "diffusion_pytorch_model.safetensors"]
+        root = Path(name if Path(name).is_dir() else snapshot_download(str(name), allow_patterns=files))
+        folder = root / "vae" if (root / "vae").is_dir() else root
+        vae, report = AutoencoderKLFlux2.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+        need(not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), f"--vae {name}: other weights")
+    vae = vae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    for module in (vae.encoder, vae.decoder) if vae.device.type == "cuda" else ():      # vae.encode skips a compiled vae
+        module.compile()
+    return vae
 
 @torch.no_grad()
 def encode(vae, images):
-    """Images (B, 3, H, W) in [-1, 1] -> normalised latents (B, 128, H/16, W/16), float32: the posterior's mode,
-    2x2 pixels to channels (c*4 + row*2 + column), BatchNorm statistics."""
+    """Images (B, 3, H, W) in [-1, 1] -> normalised latents (B, 128, H/16, W/16), float32: the posterior's mode, 2x2 pixels
+    to channels (c*4 + row*2 + column), and the VAE's own BatchNorm statistics, which diffusers leaves to its caller."""
     if isinstance(vae, dict):                         # the digits' codec, below
         return torch.einsum("bchw,cd->bdhw", F.pixel_unshuffle(images, 16) - vae["mean"], vae["basis"]) / vae["scale"]
-    mean, std = normalization(vae)
     latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode().float()   # (B, 32, H/8, W/8)
-    return (F.pixel_unshuffle(latents, 2) - mean) / std
+    return F.batch_norm(F.pixel_unshuffle(latents, 2), vae.bn.running_mean, vae.bn.running_var, eps=vae.config.batch_norm_eps)
 
 @torch.no_grad()
 def decode(vae, latents):
     """The inverse: normalised latents (B, 128, h, w) -> images (B, 3, 16h, 16w), float32."""
     if isinstance(vae, dict):
-        patches = torch.einsum("bdhw,cd->bchw", latents.cpu().float() * vae["scale"], vae["basis"]) + vae["mean"]
-        return F.pixel_shuffle(patches, 16)
-    mean, std = normalization(vae)
-    need(latents.shape[1] == len(mean[0]), f"this VAE decodes {len(mean[0])} channels, the latents have {latents.shape[1]}")
-    latents = F.pixel_shuffle(latents.to(vae.device).float() * std + mean, 2)           # (B, 32, 2h, 2w)
-    return vae.decode(latents.to(vae.dtype)).sample.float()
+        latents = latents.cpu().float() * vae["scale"]
+        return F.pixel_shuffle(torch.einsum("bdhw,cd->bchw", latents, vae["basis"]) + vae["mean"], 16)
+    mean, var = vae.bn.running_mean.view(-1, 1, 1), vae.bn.running_var.view(-1, 1, 1)
+    need(latents.shape[1] == len(mean), f"this VAE decodes {len(mean)} channels, the latents have {latents.shape[1]}")
+    latents = F.pixel_shuffle(latents.to(vae.device).float() * (var + vae.config.batch_norm_eps).sqrt() + mean, 2)
+    return vae.decode(latents.to(vae.dtype)).sample.float()                             # of (B, 32, 2h, 2w)
 
 # ---------------------------------------------------------------- the built-in data: digits, and a codec for them
 STROKES = ("50 20 13 16 29 59 86 83 50 20", "22 50 59", "12 30 60 82 74 19 89", "11 40 70 82 64 44 64 86 78 49 18",
@@ -173,10 +100,9 @@ STROKES = ("50 20 13 16 29 59 86 83 50 20", "22 50 59", "12 30 60 82 74 19 89", 
 def draw_digits(n, seed):
     """Images uint8 (n, 3, 32, 32) and labels (n,) of classes 0, 1, ..., 9, 0, ...: bright strokes on dark paper, of
     random colour, thickness, shape, slant, rotation, size and position. A pixel is ink by its distance to the path."""
-    g = torch.Generator().manual_seed(seed)
+    g, labels = torch.Generator().manual_seed(seed), torch.arange(n) % 10
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)
     paths = torch.tensor([[int(xy[0]) + 1j * int(xy[1]) for xy in (s.split() + 12 * [s[-2:]])[:12]] for s in STROKES])
-    labels = torch.arange(n) % 10
     p = paths[labels] / 9 - (0.5 + 0.5j) + 0.012 * torch.complex(*torch.randn(2, n, 12, generator=g))    # (n, 12)
     p = 0.75 * p.real + uniform(-0.15, 0.15, 1) * p.imag + 1j * p.imag
     p = p * torch.polar(uniform(20, 24, 1), uniform(-0.12, 0.12, 1)) + torch.complex(*uniform(14.5, 17.5, 2, 1).unbind(1))
@@ -193,17 +119,31 @@ def draw_digits(n, seed):
 def cache_digits(folder, n=10_000):
     """Writes n digits as a cache like any other, unless they are there, with their codec, FLUX.2's VAE in miniature: a
     16x16x3 patch becomes its 128 principal components, all over one scale, so that low variances stay low."""
-    if not (folder / "meta.json").exists():
-        images = draw_digits(n, seed=1)[0] / 127.5 - 1
-        patches = F.pixel_unshuffle(images, 16).movedim(1, -1).flatten(0, 2)                             # (4n, 768)
+    codec_file, shard = folder / "codec.safetensors", folder / "latents_00000.safetensors"
+    if not shard.exists():
+        images, labels = draw_digits(n, seed=1)
+        patches = F.pixel_unshuffle(images / 127.5 - 1, 16).movedim(1, -1).flatten(0, 2)                 # (4n, 768)
         values, vectors = torch.linalg.eigh(torch.cov(patches.T))                                        # ascending
         codec = {"mean": patches.mean(0)[:, None, None], "basis": vectors[:, -128:].flip(1).contiguous(),
                  "scale": values[-128:].mean().sqrt()}
-        z, meta = encode(codec, images), {"vae": str(folder / "codec.safetensors"), "classes": [*"0123456789"]}
+        z = encode(codec, images / 127.5 - 1)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "codec.safetensors").write_bytes(save(codec))
-        save_shard(folder / "latents_00000.safetensors", z, z, torch.arange(n) % 10)    # a mirrored 3 is no digit
-        write_json(folder / "meta.json", meta)        # last: it says that all is there
+        codec_file.write_bytes(save(codec))
+        save_shard(shard, z, z, labels, vae=str(codec_file))              # a mirrored 3 is no digit
+
+def digit_judge(images, labels, steps=250):
+    """The demo's Inception, trained in seconds on these digits: images (B, 3, 32, 32) in [-1, 1] -> logits (B, 10)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(conv(3, 16, "3x3/2"), conv(16, 32, "3x3/2"), conv(32, 64, "3x3/2"), nn.Flatten(),
+                            nn.Linear(64 * 9, 64), nn.ReLU(), nn.Linear(64, 10))
+        order = torch.randint(len(images), (steps, 128))
+    opt = torch.optim.Adam(net.parameters(), 2e-3)
+    for batch in order:
+        F.cross_entropy(net(images[batch] / 127.5 - 1), labels[batch]).backward()
+        opt.step()
+        opt.zero_grad()
+    return net.eval().requires_grad_(False)
 
 # ---------------------------------------------------------------- the cache
 def save_shard(path, latents, flipped, labels, **header):
@@ -212,144 +152,129 @@ def save_shard(path, latents, flipped, labels, **header):
         tmp.write_bytes(save(tensors, {"encode": json.dumps(header)}))
 
 def open_shard(path):
-    """-> header (dict), tensors by name: mapped from disk, not read. Raises Stop if damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            shard = {key: file.get_tensor(key) for key in file.keys()}
-            header = json.loads((file.metadata() or {}).get("encode", "{}"))
+    """-> header (dict), tensors by name, mapped from disk rather than read. Raises Stop if damaged."""
+    fault = f"{path}: no shard of latents (N, C, H, W) and labels (N,); delete it and encode again"
+    with reading(path, fault, 1), safe_open(path, "pt") as file:
+        shard = {key: file.get_tensor(key) for key in file.keys()}
         n, _, _, _ = shape = shard["latents"].shape
-        need(shard["labels"].shape == (n,) and shard.get("latents_flip", shard["latents"]).shape == shape, "lengths differ")
-    except (SafetensorError, OSError, KeyError, ValueError, Stop) as e:
-        raise Stop(f"{path}: no shard of latents (N, C, H, W) and labels (N,): {e}; delete it, encode again", 1) from None
-    return header, shard
+        need(shard["labels"].shape == (n,) and shard.get("latents_flip", shard["latents"]).shape == shape, fault, 1)
+        return dict(json.loads((file.metadata() or {}).get("encode", "{}"))), shard
 
-class LatentDataset(torch.utils.data.Dataset):
-    """A folder of cached latents, memory-mapped: item i is (latent (C, H, W) float32, label), item(i, True) that of
-    the mirrored image. Shards of the paper's code, which have no meta.json, are read as well. Raises Stop for a
-    cache that is missing, unfinished, damaged or mixed."""
+class LatentDataset(Dataset):
+    """A folder of cached latents, memory-mapped: item(i) is (latent (C, H, W) float32, label), item(i, True) that of the
+    mirrored image, if there. Raises Stop for a cache (also the paper's) that is missing, unfinished, damaged or mixed."""
     def __init__(self, folder):
-        files, meta = sorted(Path(folder).glob("latents_*.safetensors")), Path(folder, "meta.json")
+        files = sorted(Path(folder).glob("latents_*.safetensors"))
         need(files, f"{folder}: holds no latents_*.safetensors; make them: python encode.py IMAGES --out {folder}")
         self.headers, self.shards = zip(*map(open_shard, files))
-        want = self.headers[0].get("shards", len(files))
-        need(want == len(files), f"{folder}: {len(files)} of {want} shards; the same encode.py command finishes it")
-        self.meta = json.loads(meta.read_text()) if meta.exists() else {}
+        need(len(files) == (want := self.headers[0].get("shards", len(files))),
+             f"{folder}: {len(files)} of {want} shards; the same encode.py command finishes it")
         self.ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.labels = torch.cat([shard["labels"] for shard in self.shards]).long()
         self.shape, *other = {tuple(shard["latents"].shape[1:]) for shard in self.shards}         # (C, H, W)
         need(not other, f"{folder}: mixes latents {self.shape} and {other}; keep one cache in a folder")
-        low, high = (int(f(self.labels)) for f in (torch.amin, torch.amax)) if len(self) else (-1, -1)
-        self.num_classes = len(self.meta.get("classes", range(high + 1)))
-        need(0 <= low <= high < self.num_classes,
-             f"{folder}: no latents, or labels ({low} to {high}) outside its {self.num_classes} classes")
+        low, high = map(int, self.labels.aminmax()) if len(self) else (-1, -1)
+        self.num_classes = self.headers[0].get("classes", high + 1)
+        need(0 <= low <= high < self.num_classes, f"{folder}: labels ({low} to {high}) outside its {self.num_classes} classes")
 
     def __len__(self):
         return len(self.labels)
 
     def item(self, i, flip=False):
         i = range(len(self))[i]
-        return self.rows([i], [flip])[0].float(), int(self.labels[i])
+        shard = self.shards[k := np.searchsorted(self.ends, i, side="right")]
+        latents = shard["latents_flip" if flip and "latents_flip" in shard else "latents"]
+        return latents[i - self.ends[k]].float(), int(self.labels[i])                   # counted from the shard's end
     __getitem__ = item
 
-    def rows(self, indices, flips):
-        """Latents (B, C, H, W) as stored; where there are no mirrored ones, the plain ones."""
-        where = zip(indices, np.searchsorted(self.ends, indices, side="right"), flips)
-        return torch.stack([self.shards[k]["latents_flip" if flip and "latents_flip" in self.shards[k] else "latents"]
-                            [i - self.ends[k]] for i, k, flip in where])              # rows counted from the shard's end
-
 # ---------------------------------------------------------------- the command
-class Photos(torch.utils.data.Dataset):
-    """File number i -> i, its crop uint8 (S, S, 3), why it could not be read. Runs in the DataLoader's processes."""
-    def __init__(self, root, names, size):
-        self.root, self.names, self.size = root, names, size
+class Photos(Dataset):
+    """The images of a folder[/train] of class folders: item i is a crop, uint8 (3, S, S), and why it could not be read."""
+    def __init__(self, folder, size):
+        root = os.path.join(folder, "train") if os.path.isdir(os.path.join(folder, "train")) else folder
+        need(os.path.isdir(root), f"{root}: not a folder; give the one that holds the class folders")
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        files = [(os.path.join(c, f), y) for y, c in enumerate(self.classes) for f in list_images(os.path.join(root, c))]
+        need(files, f"{root}: no images in class folders; arrange them as {os.path.join(root, 'CLASS', 'image.jpg')}")
+        self.root, self.size, self.names, self.labels = root, size, [f for f, _ in files], torch.tensor([y for _, y in files])
 
-    def __getitem__(self, i):
+    def __getitem__(self, i):                         # runs in the DataLoader's processes
         try:
-            return i, np.array(center_crop(open_rgb(os.path.join(self.root, self.names[i])), self.size)), ""
+            image, why = np.array(center_crop(open_rgb(os.path.join(self.root, self.names[i])), self.size)), ""
         except Exception as e:                        # Pillow raises whatever the file's bytes lead it to
-            return i, np.zeros((self.size, self.size, 3), np.uint8), " ".join(str(e).split()) or type(e).__name__
+            image, why = np.zeros((self.size, self.size, 3), np.uint8), " ".join(str(e).split()) or type(e).__name__
+        return torch.from_numpy(image).permute(2, 0, 1), why
 
-def scan(folder):
-    """-> root, class names, file names, labels; the classes are the sorted folders of `folder`[/train]."""
-    root = os.path.join(folder, "train") if os.path.isdir(os.path.join(folder, "train")) else folder
-    need(os.path.isdir(root), f"{root}: not a folder; give the one that holds the class folders")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    files = [(os.path.join(c, f), label) for label, c in enumerate(classes) for f in list_images(os.path.join(root, c))]
-    need(files, f"{root}: no images in class folders; arrange them as {os.path.join(root, 'CLASS', 'image.jpg')}")
-    return root, classes, *map(list, zip(*files))
+def encode_shards(vae, photos, shards, args, header):
+    """Encodes the photos of every shard {path: range of file numbers} and writes it."""
+    batches = [part[b:b + args.batch] for part in shards.values() for b in range(0, len(part), args.batch)]
+    loader = iter(DataLoader(photos, batch_sampler=batches, num_workers=min(args.workers, len(batches)),
+                             pin_memory=vae.device.type == "cuda"))
+    with ThreadPoolExecutor(1) as writer, tqdm(total=sum(map(len, batches)), unit="image") as bar:
+        writing = writer.submit(int)                  # a shard is written while the GPU is at the next
+        for path, part in shards.items():
+            latents, reasons = [], []
+            for _ in range(0, len(part), args.batch):
+                images, why = next(loader)            # uint8 (B, 3, S, S)
+                x = images.to(vae.device, non_blocking=True) / 127.5 - 1
+                latents.append(encode(vae, torch.cat([x, x.flip(-1)])).half().cpu().unflatten(0, (2, -1)))
+                reasons += why
+                bar.update(len(why))
+            skipped = [(photos.names[i], why) for i, why in zip(part, reasons) if why]
+            for name, why in skipped:
+                bar.write(f"skipped {ascii(name)}: {why}", file=sys.stderr)
+            good = torch.tensor([not why for why in reasons])
+            writing.result()                          # raises what went wrong there
+            writing = writer.submit(save_shard, path, *torch.cat(latents, 1)[:, good], photos.labels[part][good],
+                                    number=part.start // args.shard, skipped=skipped, **header)
+        writing.result()
 
 def main():
-    parser = make_parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, **PARSER)
     add = parser.add_argument
     add("images", help="folder of class folders; its train/ is used where it exists")
     add("--out", default="latents", type=Path, help="folder of the cache (%(default)s)")
     add("--vae", default=VAE, help="hub repository or folder of an AutoencoderKLFlux2 (%(default)s)")
-    add("--size", default=256, type=positive, help="side of the square crop in pixels (%(default)s)")
-    add("--batch", default=32, type=positive, help="images at a time, each encoded as it is and mirrored (%(default)s)")
-    add("--shard", default=1024, type=positive, help="images in a file, the most that a kill can cost (%(default)s)")
-    add("--workers", default=os.cpu_count(), type=positive, help="processes that decode images (%(default)s)")
+    add("--size", default=256, type=int, help="side of the square crop in pixels (%(default)s)")
+    add("--batch", default=32, type=int, help="images at a time, each encoded as it is and mirrored (%(default)s)")
+    add("--shard", default=1024, type=int, help="images in a file, the most that a kill can cost (%(default)s)")
+    add("--workers", default=os.cpu_count(), type=int, help="processes that decode images (%(default)s)")
     add("--device", help="cuda, mps or cpu (the best there is)")
     args = parser.parse_args()
-    need(args.size % 16 == 0, f"--size {args.size}: the latent grid needs a multiple of 16")
-    out, device, (root, classes, names, labels) = args.out, pick_device(args.device), scan(args.images)
-    vae = load_vae(args.vae, device)
-
-    # What all shards of a cache have in common, in meta.json. (The decoder may be replaced by another.)
+    for flag, unit in {"size": 16, "batch": 1, "shard": 1, "workers": 1}.items():
+        need((x := getattr(args, flag)) > 0 and x % unit == 0, f"--{flag} {x}: needs a positive multiple of {unit}")
+    out, photos, device = args.out, Photos(args.images, args.size), pick_device(args.device)
+    vae, n = load_vae(args.vae, device), len(photos.names)
+    # What all shards of a cache have in common, in each one's header. (The decoder may be replaced by another.)
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
     weights = b"".join(v.cpu().numpy().tobytes() for k, v in vae.state_dict().items() if "decoder" not in k and "post" not in k)
-    parts = [range(k, min(k + args.shard, len(names))) for k in range(0, len(names), args.shard)]
-    meta = {"vae": args.vae, "encoder": digest(weights), "files": digest(os.fsencode("\0".join(names + classes))), "size": args.size,
-            "shard": args.shard, "classes": classes}
+    origin = {"encoder": digest(weights), "files": digest(os.fsencode("\0".join(photos.names + photos.classes))),
+              "classes": len(photos.classes), "size": args.size, "shard": args.shard, "shards": -(-n // args.shard)}
+    shards = {out / f"latents_{k:05d}.safetensors": range(first, min(first + args.shard, n))
+              for k, first in enumerate(range(0, n, args.shard))}
     out.mkdir(parents=True, exist_ok=True)
-    paths, meta_path = [out / f"latents_{k:05d}.safetensors" for k in range(len(parts))], out / "meta.json"
-    need(meta_path.exists() or not any(out.glob("latents_*")), f"{out}: holds latents of another origin; give another --out")
-    if RANK == 0 and not meta_path.exists():
-        write_json(meta_path, meta)
-    old = json.loads(meta_path.read_text()) if meta_path.exists() else meta
-    for key in ("encoder", "size", "files", "shard"):
-        need(old.get(key) == meta[key], f"{out}: made with other {key} ({old.get(key)}, now {meta[key]}); give another --out")
-    todo = [k for k in range(RANK, len(parts), WORLD) if not paths[k].exists()]
-    print(f"{out}: {len(names):,} files of {len(classes)} classes; {sum(p.exists() for p in paths)} of {len(parts)} shards "
-          "were there already", file=sys.stderr)
-
-    batches = [parts[k][b:b + args.batch] for k in todo for b in range(0, len(parts[k]), args.batch)]
-    loader = iter(torch.utils.data.DataLoader(Photos(root, names, args.size), batch_sampler=batches, num_workers=args.workers,
-                                              pin_memory=device.type == "cuda"))
-    with ThreadPoolExecutor(1) as writer, tqdm(total=sum(map(len, batches)), unit="image") as bar:
-        writing = writer.submit(int)                  # a shard is written while the GPU is at the next
-        for k in todo:
-            latents, kept, skipped = [torch.zeros(2, 0, 128, args.size // 16, args.size // 16).half()], [], []
-            for _ in range(0, len(parts[k]), args.batch):
-                index, images, why = next(loader)     # (B,), uint8 (B, S, S, 3), reasons
-                for i, reason in zip(index.tolist(), why):
-                    if reason:
-                        skipped.append([names[i], reason])
-                        bar.write(f"skipped {ascii(names[i])}: {reason}", file=sys.stderr)
-                good = torch.tensor([not reason for reason in why])
-                x = images[good].to(device, non_blocking=True).permute(0, 3, 1, 2) / 127.5 - 1      # (B, 3, S, S)
-                if good.any():
-                    latents.append(encode(vae, torch.cat([x, x.flip(-1)])).half().cpu().unflatten(0, (2, -1)))
-                kept += index[good].tolist()
-                bar.update(len(why))
-            writing.result()                          # raises what went wrong there
-            writing = writer.submit(save_shard, paths[k], *torch.cat(latents, 1), torch.tensor([labels[i] for i in kept]),
-                                    vae=args.vae, size=args.size, shard=k, shards=len(parts), skipped=skipped)
-        writing.result()
-    if RANK:
-        return                                        # the first process waits for the others and completes the cache
-    while not all(path.exists() for path in paths):
-        time.sleep(1)
-    data = LatentDataset(out)
-    skipped = sum((header["skipped"] for header in data.headers), [])
-    write_json(meta_path, meta | {"images": len(data), "skipped": skipped})
-    unreadable, some = {name for name, _ in skipped}, range(0, len(data), -(-len(data) // 512))
-    photos = Photos(root, [name for name in names if name not in unreadable], args.size)
-    std, mean = torch.std_mean(torch.stack([data[i][0] for i in some]), (0, 2, 3))
-    pairs = [image for i in some[::-(-len(some) // 8)] for image in (
-        torch.from_numpy(photos[i][1]).permute(2, 0, 1), to_uint8(decode(vae, data[i][0][None]))[0].cpu())]
-    save_grid(out / "reconstructions.png", torch.stack(pairs), columns=2 if len(pairs) % 4 else 4)
-    print(f"{out}: {len(data):,} images, each with its mirror image, in {len(parts)} shards; {len(skipped)} files skipped; channel "
-          f"means {mean.min():.2f} to {mean.max():.2f}, stds {std.min():.2f} to {std.max():.2f} (FLUX.2's VAE: about 0 and 1)")
+    done = sorted(out.glob("latents_*.safetensors"))
+    for path in done:
+        was, _ = open_shard(path)
+        other = [f"{key} {was.get(key)}, now {value}" for key, value in origin.items() if was.get(key) != value]
+        need(not other, f"{path}: of another origin ({'; '.join(other)}); give another --out")
+    print(f"{out}: {n:,} files, {len(photos.classes)} classes; {len(done)} of {len(shards)} shards there already", file=sys.stderr)
+    if RANK == 0:
+        few = torch.stack([image for image, why in (photos[i] for i in range(0, n, -(-n // 8))) if not why] or [photos[0][0]])
+        decoded = to_uint8(decode(vae, encode(vae, few / 127.5 - 1))).cpu()
+        save_grid(out / "reconstructions.png", torch.stack([few, decoded], 1).flatten(0, 1), columns=2 if len(few) % 2 else 4)
+    mine = {path: part for path, part in list(shards.items())[RANK::WORLD] if not path.exists()}
+    encode_shards(vae, photos, mine, args, {"vae": args.vae} | origin)
+    if RANK == 0:                                     # waits for the other processes and completes the cache
+        while not all(path.exists() for path in shards):
+            time.sleep(1)
+        data = LatentDataset(out)
+        skipped = [pair for header in data.headers for pair in header["skipped"]]
+        with atomic(out / "meta.json") as tmp:
+            tmp.write_text(json.dumps(origin | {"classes": photos.classes, "images": len(data), "skipped": skipped}, indent=1))
+        std, mean = torch.std_mean(torch.stack([data[i][0] for i in range(0, len(data), -(-len(data) // 512))]), (0, 2, 3))
+        print(f"{out}: {len(data):,} images and mirror images in {len(shards)} shards; {len(skipped)} files skipped; channel means "
+              f"{mean.min():.2f} to {mean.max():.2f}, stds {std.min():.2f} to {std.max():.2f} (FLUX.2's: about 0 and 1)")
 
 if __name__ == "__main__":
     run(main)

@@ -6,32 +6,31 @@ latent x itself. Nothing else differs, and x gives the far better pictures.
 
     python jlt.py --demo                                  # see it: drawn digits, two minutes, no data, no GPU
     python encode.py imagenet/                            # once: pictures -> latents/
-    python jlt.py --target x                              # the paper's run; --target v is its baseline
+    python jlt.py --target x                              # the paper's run; --target v is its baseline. Again: it continues
     torchrun --nproc-per-node 8 jlt.py --micro-batch 128  # the same run on 8 GPUs
     python jlt.py --sample runs/B-1-x --classes 207 360   # a picture of samples; --n 50000: samples.npz, for fid.py
     python jlt.py --geometry latents/                     # what the targets look like on these latents
-
-The same command run again continues where the last one stopped.
+    python jlt.py --bench                                 # how fast this machine is, and how long the paper's run takes
 """
-import copy, hashlib, json, math, os, re, shutil, signal, time, zipfile
-from argparse import SUPPRESS, Namespace
+import copy, hashlib, json, math, os, shutil, signal, tempfile, time, zipfile
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from encode import (RANK, VAE, WORLD, LatentDataset, Stop, atomic, cache_digits, decode, draw_digits, encode, load_vae,
-                    make_parser, need, pick_device, positive, run, save_grid, to_uint8)
-from fid import DigitNet, Statistics, frechet_distance
+from encode import (VAE, LatentDataset, cache_digits, decode, digit_judge, draw_digits, encode, load_vae, pick_device,
+                    save_grid, save_shard, to_uint8)
+from fid import PARSER, RANK, WORLD, Statistics, Stop, atomic, frechet_distance, need, reading, run
 
 # ================================================================ configuration
 def flag(default, help, low=-math.inf, high=math.inf, choices=None):
@@ -43,8 +42,7 @@ MODELS = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}   # dep
 @dataclass(frozen=True)
 class Config:
     """The paper's run (section 4.1, JLT-B/1). Every field is a flag: sample_steps is --sample-steps."""
-    # what the network predicts, the one difference between the paper's two runs
-    target: str = flag("x", "x: the clean latent; eps: the noise; v: the velocity", choices=("x", "eps", "v"))
+    target: str = flag("x", "predicts x: the clean latent; eps: the noise; v: the velocity", choices=("x", "eps", "v"))
     # model; 0: as its name says
     model: str = flag("B/1", "size, a slash, patch size", choices=[f"{m}/{p}" for m in MODELS for p in (1, 2)])
     depth: int = flag(0, "number of blocks", 0)
@@ -85,15 +83,17 @@ class Config:
             numbers = [x for x in (value if f.type is tuple else (value,)) if f.type is not str]
             need(value in (choices or (value,)) and all(math.isfinite(x) and low <= x <= high for x in numbers),
                  f"--{f.name.replace('_', '-')} {value}: needs " + (" or ".join(choices or [f"finite numbers, {low} to {high}"])))
-        need(self.interval[0] < self.interval[1], f"--interval {self.interval}: low must be below high")
-        need(self.logit_t[1] >= 0, f"--logit-t {self.logit_t}: a standard deviation is not negative")
+        need(self.interval[0] < self.interval[1] and self.logit_t[1] >= 0,
+             f"--interval {self.interval}: needs low below high; --logit-t {self.logit_t}: a deviation of at least 0")
 
 # What may differ when a run is continued, because the weights stay what they would have been.
-FREE = {"steps", "out", "vae", "log_every", "save_every", "sample_every", "device", "compile", "sample_steps", "cfg", "interval"}
+SAMPLING = {"out", "vae", "device", "compile", "sample_steps", "cfg", "interval"}
+FREE = SAMPLING | {"steps", "log_every", "save_every", "sample_every"}
 
 def resolve(cfg):
     """Config with the derived values filled in."""
-    (name, patch), (depth, width, heads) = cfg.model.split("/"), MODELS[cfg.model.split("/")[0]]
+    name, patch = cfg.model.split("/")
+    depth, width, heads = MODELS[name]
     if cfg.hidden_size not in (0, width):             # heads of 64 channels or more, in multiples of 4 for RoPE
         width = cfg.hidden_size
         heads = max((n for n in range(1, width // 64 + 1) if width % (4 * n) == 0), default=1)
@@ -103,21 +103,20 @@ def resolve(cfg):
                    patch_size=cfg.patch_size or int(patch), lr=cfg.lr or 5e-5 * cfg.batch / 256,
                    out=cfg.out or f"runs/{name}-{patch}-{cfg.target}")
 
-def autocast(cfg, device):
-    """bfloat16 matrix products over float32 weights, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16,
-                          enabled=cfg.precision == "bf16" or cfg.precision == "auto" and device.type == "cuda")
+def autocast(cfg, device):                            # bfloat16 matrix products over float32 weights, or nothing
+    on = cfg.precision == "bf16" or cfg.precision == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
-def compiles(cfg, device):
-    return cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
+def compiled(f, cfg, device):                         # for fixed shapes: each new one costs a minute
+    on = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
+    return torch.compile(f, dynamic=False) if on else f
+
+ORDER, FLIPS, NOISE, SAMPLES = range(4)               # streams of random numbers
 
 def rng(stream, *key, device="cpu"):
-    """A generator that is a function of integers such as (seed, step, micro-batch): data order and noise then
-    need no state to resume, and do not depend on what was drawn before. `stream` keeps its uses apart."""
+    """A generator that is a function of integers such as (seed, step, micro-batch): resuming needs no state of it."""
     state = np.random.SeedSequence((stream, len(key), *key)).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state[0]))
-
-ORDER, FLIPS, NOISE, SAMPLES = range(4)               # the streams
 
 # ================================================================ model
 class RMSNorm(nn.Module):
@@ -203,25 +202,22 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 class JLT(nn.Module):
-    """The network: noisy latent z (B, C, H, W), time t (B,), class y (B,) -> its prediction (B, C, H, W) of x,
-    eps or v: it does not know which. JiT's transformer (arXiv 2511.13720) with DiT's module names. The default
-    is JLT-B/1: 130,508,672 parameters, 46.09 GFLOP an image."""
+    """Noisy latent z (B, C, H, W), time t (B,), class y (B,) -> the prediction (B, C, H, W) of x, eps or v: it does not know
+    which. JiT's transformer (arXiv 2511.13720), DiT's names; JLT-B/1: 130,508,672 parameters, 46.09 GFLOP an image."""
     def __init__(self, input_size=16, patch_size=1, in_channels=128, hidden_size=768, depth=12, num_heads=12,
                  num_classes=1000, bottleneck=0):
         super().__init__()
         need(input_size % patch_size == 0 and hidden_size % (4 * num_heads) == 0,
-             f"no such model: {input_size} x {input_size} latents in patches of {patch_size}, width {hidden_size} in "
-             f"{num_heads} heads (patches must tile the latent, heads have a multiple of 4 channels)")
+             f"patches of {patch_size} must tile {input_size} positions, {num_heads} heads share {hidden_size} channels in fours")
         self.grid, self.patch_size, self.in_channels, self.num_classes = input_size, patch_size, in_channels, num_classes
         c, d, p, b = in_channels, hidden_size, patch_size, bottleneck     # b: 128 in the paper's text, 0 in its weights
-        stem = {"proj1": nn.Conv2d(c, b, p, p, bias=False), "proj2": nn.Conv2d(b, d, 1)} if b else {"proj": nn.Conv2d(c, d, p, p)}
-        self.x_embedder, self.t_embedder = nn.Sequential(OrderedDict(stem)), TimestepEmbedder(d)
+        two = {"proj1": nn.Conv2d(c, b, p, p, bias=False), "proj2": nn.Conv2d(b, d, 1)} if b else {}
+        self.x_embedder = nn.Sequential(OrderedDict(two or {"proj": nn.Conv2d(c, d, p, p)}))
+        self.t_embedder = TimestepEmbedder(d)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, d)})    # the last: no class
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
-        cos, sin = rope_tables(input_size // patch_size, hidden_size // num_heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.blocks = nn.ModuleList(Block(d, num_heads) for _ in range(depth))
+        self.final_layer = FinalLayer(d, p * p * c)
+        self.cos, self.sin = (nn.Buffer(table, persistent=False) for table in rope_tables(input_size // p, d // num_heads))
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -240,8 +236,8 @@ class JLT(nn.Module):
         for block in self.blocks:
             x = block(x, c, self.cos, self.sin)                           # (B, N, D)
         x = self.final_layer(x, c)                                        # (B, N, p*p*C)
-        p, h, w = self.patch_size, z.shape[2] // self.patch_size, z.shape[3] // self.patch_size
-        return x.reshape(-1, h, w, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4).reshape(z.shape)    # (B, C, H, W)
+        p, n = self.patch_size, self.grid // self.patch_size
+        return x.reshape(-1, n, n, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4).reshape(z.shape)    # (B, C, H, W)
 
 # ================================================================ loss
 def velocity(out, z, t, target, t_eps=0.05):
@@ -292,19 +288,15 @@ def sample(net, y, noise, target="x", steps=50, cfg=2.9, interval=(0.1, 1.0), me
     return z
 
 # ================================================================ data
-@lru_cache(2)
-def epoch_order(n, seed, epoch):
-    return torch.randperm(n, generator=rng(ORDER, seed, epoch))
-
 def batches(data, cfg, jobs, device):
     """For each (step, micro-batch) in `jobs`: latents x (B, C, H, W) float32 and labels y (B,) on `device`, read
     ahead by threads. Every epoch is a new order of the data; each image is mirrored half the time."""
+    order = lru_cache(2)(lambda epoch: torch.randperm(len(data), generator=rng(ORDER, cfg.seed, epoch)))
     def read(step, m):
         first = step * cfg.batch + m * cfg.micro_batch
-        places = (divmod(p, len(data)) for p in range(first, first + cfg.micro_batch))
-        index = [int(epoch_order(len(data), cfg.seed, epoch)[i]) for epoch, i in places]
+        index = [int(order(p // len(data))[p % len(data)]) for p in range(first, first + cfg.micro_batch)]
         flips = torch.rand(cfg.micro_batch, generator=rng(FLIPS, cfg.seed, step, m)) < 0.5
-        x, y = data.rows(index, flips), data.labels[index]
+        x, y = torch.stack([data.item(i, flip)[0] for i, flip in zip(index, flips)]), data.labels[index]
         return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
 
     with ThreadPoolExecutor(4) as pool:
@@ -312,7 +304,7 @@ def batches(data, cfg, jobs, device):
         while queue:
             x, y = queue.popleft().result()
             queue.extend(pool.submit(read, *job) for job in islice(jobs, 1))
-            yield x.to(device, non_blocking=True).float(), y.to(device, non_blocking=True)
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 def draws(cfg, step, m, x, y, num_classes):
     """Times t (B,), noise eps (B, C, H, W) and labels after dropout (B,) of a micro-batch: the same for every target."""
@@ -325,14 +317,10 @@ def draws(cfg, step, m, x, y, num_classes):
 # ================================================================ checkpoints
 def load_file(path):
     """torch.load that runs no code from the file; argparse.Namespace is the one class it may name."""
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:                            # of many kinds: the disk's, unpickling, zip, storage
-        code = re.search(r"GLOBAL (\S+)", str(e))
-        why = getattr(e, "strerror", None) or (f"names {code[1]}, and no code is imported for a checkpoint" if code else
-                                               f"damaged, or no checkpoint ({type(e).__name__})")
-        raise Stop(f"{path}: {why}; nothing was changed; give a checkpoint, or a run folder with ckpt.pt in it") from None
+    with torch.serialization.safe_globals([Namespace]), reading(path, "no checkpoint; give one, or the folder of a run"):
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        need(not foreign, f"{path}: names {', '.join(foreign)}, and no code is imported for a checkpoint")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 def load_run(path, cfg, identity):
     """The checkpoint of a run folder, if it was made with these settings and data; Stop if not."""
@@ -349,35 +337,30 @@ def load_network(path):
     paper's (checkpoint-last.pth: its first EMA). The architecture is read from the shapes. Stop if it does not fit."""
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     state = load_file(path)
-    try:
-        if "model_ema1" in state:
+    with reading(path, "holds no JLT"):
+        if published := "model_ema1" in state:
             args, weights = state["args"], {k.removeprefix("net."): v.float() for k, v in state["model_ema1"].items()}
             weights.pop("mask_token", None)           # was trained along but never used
             grid, known = args.img_size // 16, {"target": getattr(args, "flow_matching", None), "t_eps": args.t_eps, "vae": VAE}
         else:
-            weights, grid = state["ema"], state["grid"]
-            known = {k: state["config"][k] for k in ("target", "t_eps", "vae")}
+            weights, grid, known = state["ema"], state["grid"], {k: state["config"][k] for k in ("target", "t_eps", "vae")}
         stem = weights.get("x_embedder.proj.weight", weights.get("x_embedder.proj1.weight"))    # (D, C, p, p)
-        width = len(weights["t_embedder.mlp.2.bias"])
-        net = JLT(grid, stem.shape[2], stem.shape[1], width, len({k.split(".")[1] for k in weights if k[:7] == "blocks."}),
-                  width // len(weights["blocks.0.attn.q_norm.weight"]), len(weights["y_embedder.embedding_table.weight"]) - 1,
-                  len(stem) if "x_embedder.proj1.weight" in weights else 0)
+        width, depth = len(weights["t_embedder.mlp.2.bias"]), len({k.split(".")[1] for k in weights if k[:7] == "blocks."})
+        heads, classes = width // len(weights["blocks.0.attn.q_norm.weight"]), len(weights["y_embedder.embedding_table.weight"]) - 1
+        net = JLT(grid, stem.shape[2], stem.shape[1], width, depth, heads, classes, len(stem) if len(stem) != width else 0)
         net.load_state_dict(weights)
-    except (KeyError, AttributeError, TypeError, RuntimeError) as e:
-        raise Stop(f"{path}: holds no JLT ({' '.join(str(e).split())[:150]})") from None
-    print(f"{path}: " + (f"{known['target']}-prediction, EMA of step {state['step']:,}" if "step" in state else
-                         f"published weights, first EMA (model_ema1), args.flow_matching {known['target']!r}"))
+    print(f"{path}: " + (f"published weights, first EMA (model_ema1), args.flow_matching {known['target']!r}" if published else
+                         f"{known['target']}-prediction, EMA of step {state['step']:,}"))
     return net.eval().requires_grad_(False), known
 
-# ================================================================ pictures
+# ================================================================ samples
 def generate(net, labels, first, cfg, device):
     """Sampled latents (N, C, H, W) of classes `labels`. The noise of image i = first, first + 1, ... depends on
     (seed, i) alone: not on the batch, nor on the number of GPUs."""
-    noise = torch.stack([torch.randn(net.in_channels, net.grid, net.grid, generator=rng(SAMPLES, cfg.seed, first + i))
-                         for i in range(len(labels))])
+    noise = torch.stack([torch.randn(net.in_channels, net.grid, net.grid, generator=rng(SAMPLES, cfg.seed, i))
+                         for i in range(first, first + len(labels))]).to(device)
     with autocast(cfg, device):
-        return sample(net, labels.to(device), noise.to(device), cfg.target, cfg.sample_steps, cfg.cfg, cfg.interval,
-                      t_eps=cfg.t_eps)
+        return sample(net, labels.to(device), noise, cfg.target, cfg.sample_steps, cfg.cfg, cfg.interval, t_eps=cfg.t_eps)
 
 def pictures(vae, latents):
     """-> uint8 (N, 3, H, W) on the CPU, decoded 32 at a time."""
@@ -386,52 +369,47 @@ def pictures(vae, latents):
 def sample_file(net, vae, n, cfg, device, out):
     """n images of class i mod num_classes as an npz like ADM's: arr_0, uint8 (n, H, W, 3). Finished batches wait in
     a hidden folder, where several processes share the work and an interrupted run continues."""
-    micro, digest = cfg.micro_batch or 256, hashlib.sha256(repr((n, cfg)).encode())
-    for value in net.state_dict().values():
-        digest.update(value.cpu().numpy())
-    parts = out.with_name(f".tmp.{out.name}.{digest.hexdigest()[:12]}")
-    parts.mkdir(parents=True, exist_ok=True)
-    files = [parts / f"{first:09d}.npy" for first in range(0, n, micro)]
-    with tqdm(total=n, unit="image", disable=RANK > 0) as bar:
-        for k, path in enumerate(files):
-            labels = torch.arange(k * micro, min(n, (k + 1) * micro)) % net.num_classes
-            if k % WORLD == RANK and not path.exists():
-                images = pictures(vae, generate(net, labels, k * micro, cfg, device)).permute(0, 2, 3, 1)
-                with atomic(path) as tmp, open(tmp, "wb") as file:
-                    np.save(file, images.contiguous().numpy())
-            bar.update(len(labels))
-    while RANK == 0 and not all(path.exists() for path in files):
-        time.sleep(1)                                 # for the other processes
+    micro = min(n, cfg.micro_batch or 256)
+    made_by = n, micro, cfg.target, cfg.t_eps, cfg.sample_steps, cfg.cfg, cfg.interval, cfg.seed, [
+        p.double().sum().item() for p in net.parameters()]
+    parts = out.with_name(f".tmp.{out.name}.{hashlib.sha256(repr(made_by).encode()).hexdigest()[:12]}")
+    files = {first: parts / f"{first:09d}.npy" for first in range(0, n, micro)}
+    for first in tqdm(list(files)[RANK::WORLD], unit=f"x {micro} images", disable=RANK > 0):
+        if not files[first].exists():
+            parts.mkdir(parents=True, exist_ok=True)
+            labels = torch.arange(first, first + micro) % net.num_classes # also at the end: one shape to compile for
+            images = pictures(vae, generate(net, labels, first, cfg, device))[:n - first].permute(0, 2, 3, 1)
+            with atomic(files[first]) as tmp, open(tmp, "wb") as file:
+                np.save(file, images.contiguous().numpy())
     if RANK == 0:
+        while not all(path.exists() for path in files.values()):
+            time.sleep(1)                             # for the other processes
         header = {"descr": "|u1", "fortran_order": False, "shape": (n, *np.load(files[0], mmap_mode="r").shape[1:])}
-        with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+        arr_0 = zipfile.ZipInfo("arr_0.npy")
+        with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(arr_0, "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, header)
-            for path in files:
-                file.write(np.load(path).tobytes())
+            for path in files.values():
+                file.write(np.load(path))
         shutil.rmtree(parts)
 
 def sample_command(checkpoint, classes, n, given):
     """--sample: n images of all classes as an npz, or one of each class given as a PNG without gaps."""
-    need((classes is None) != (n is None), "--sample: say what to sample, --classes 207 360 ... or --n 50000")
-    useless = given.keys() - {"target", "t_eps", "sample_steps", "cfg", "interval", "micro_batch", "out", "vae", "seed",
-                              "device", "precision", "compile"}
+    need((classes is None) != (n is None) and n != 0, "--sample: say what, --classes 207 360 ... or --n 50000 (at least 1)")
+    useless = given.keys() - SAMPLING - {"target", "t_eps", "seed", "micro_batch", "precision"}
     need(not useless, f"--{min(useless, default='').replace('_', '-')}: has no use with --sample; the checkpoint decides")
     cfg = Config(**given)
     device, out = pick_device(cfg.device), Path(cfg.out or ("samples.npz" if n else "samples.png"))
     need(not out.exists() and out.parent.is_dir(), f"{out}: exists, or its folder does not; give another --out")
     net, known = load_network(checkpoint)
     cfg = replace(cfg, **{k: v for k, v in known.items() if k not in given})
-    need(not classes or 0 <= min(classes) <= max(classes) < net.num_classes,
-         f"--classes {classes}: this model has classes 0 to {net.num_classes - 1}")
-    vae, net = load_vae(cfg.vae, device), net.to(device)
-    if compiles(cfg, device):
-        net.compile(dynamic=False)                    # in place: names and num_classes stay
+    need(not classes or 0 <= min(classes) <= max(classes) < net.num_classes, f"--classes: it has classes 0 to {net.num_classes - 1}")
+    vae, net = load_vae(cfg.vae, device), compiled(net.to(device), cfg, device)
     print(f"{cfg.target}-prediction, {cfg.sample_steps} Heun steps, guidance {cfg.cfg} on {cfg.interval}, seed {cfg.seed}")
     if n:
         sample_file(net, vae, n, cfg, device, out)
     else:
         micro = torch.tensor(classes).split(cfg.micro_batch or 64)
-        images = [pictures(vae, generate(net, y, k * len(micro[0]), cfg, device)) for k, y in enumerate(tqdm(micro, unit="batch"))]
+        images = [pictures(vae, generate(net, y, k * len(micro[0]), cfg, device)) for k, y in enumerate(tqdm(micro))]
         rows = max(d for d in range(1, math.isqrt(len(classes)) + 1) if len(classes) % d == 0)    # as square as it gets
         save_grid(out, torch.cat(images), len(classes) // rows)
     print(f"wrote {out}")
@@ -445,50 +423,59 @@ def forward_flops(net):
         copy.deepcopy(net).to("meta")(torch.empty(1, net.in_channels, net.grid, net.grid), torch.empty(1), torch.ones(1).long())
     return counter.get_total_flops()
 
+def build(cfg, shape, num_classes, device):
+    """Network, its average (EMA) and optimizer, for latents of `shape` (C, H, W)."""
+    torch.manual_seed(cfg.seed)                       # initial weights: the same on every rank, for every target
+    net = JLT(shape[1], cfg.patch_size, shape[0], cfg.hidden_size, cfg.depth, cfg.num_heads, num_classes, cfg.bottleneck)
+    net.to(device)
+    opt = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
+    return net, copy.deepcopy(net).requires_grad_(False), opt
+
+def update(net, ema, opt, decay):
+    """Clips the gradient, takes AdamW's step and averages the weights -> gradient norm, not waited for."""
+    norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    opt.step()
+    opt.zero_grad()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    return norm
+
 def train(cfg):
     """Trains cfg.target on cfg.data, or continues the run in cfg.out. Returns the run folder."""
     device, cfg, data = pick_device(cfg.device), resolve(cfg), LatentDataset(cfg.data)
-    cfg = replace(cfg, vae=cfg.vae or data.meta.get("vae", VAE))
-    out, path, micros = Path(cfg.out), Path(cfg.out, "ckpt.pt"), cfg.batch // cfg.micro_batch
+    cfg, out, micros = replace(cfg, vae=cfg.vae or data.headers[0].get("vae", VAE)), Path(cfg.out), cfg.batch // cfg.micro_batch
     need(WORLD <= micros, f"{WORLD} processes for {micros} micro-batches; give --micro-batch {max(1, cfg.batch // WORLD)} or less")
     if WORLD > 1:                                     # gloo, on the CPU, carries the flag that says "stop"
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     total = dist.all_reduce if WORLD > 1 else lambda tensor: None         # a sum over the processes, in place
 
-    torch.manual_seed(cfg.seed)                       # initial weights: the same on every rank, for every target
-    net = JLT(data.shape[1], cfg.patch_size, data.shape[0], cfg.hidden_size, cfg.depth, cfg.num_heads, data.num_classes,
-              cfg.bottleneck)
-    flops, net = 3 * forward_flops(net), net.to(device)                   # the backward pass costs two forward ones
-    ema = copy.deepcopy(net).requires_grad_(False)
-    params, averages = list(net.parameters()), list(ema.parameters())
-    opt = torch.optim.AdamW(params, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
-    identity, start = f"{len(data)} latents {data.shape}, labels {hashlib.sha256(data.labels.numpy()).hexdigest()[:8]}", 0
+    net, ema, opt = build(cfg, data.shape, data.num_classes, device)
+    path, log_file, start, stop, vae = out / "ckpt.pt", out / "log.jsonl", 0, 0, None
+    identity = f"{len(data)} latents {data.shape}, labels {hashlib.sha256(data.labels.numpy()).hexdigest()[:8]}"
     if path.exists():
         state = load_run(path, cfg, identity)
-        for part, name in ((net, "model"), (ema, "ema"), (opt, "optimizer")):
+        for name, part in {"model": net, "ema": ema, "optimizer": opt}.items():
             part.load_state_dict(state[name])
         start = state["step"]
-    vae = None
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        print(f"{out}: {cfg.target}-prediction, {sum(p.numel() for p in params):,} parameters, {len(data):,} latents "
+        print(f"{out}: {cfg.target}-prediction, {sum(p.numel() for p in net.parameters()):,} parameters, {len(data):,} latents "
               f"{data.shape} of {data.num_classes} classes, batch {micros} x {cfg.micro_batch} on {WORLD} x {device}"
               + f", continuing at step {start:,}" * (start > 0), flush=True)
-        log_file = out / "log.jsonl"                  # what was logged after the checkpoint will come again
-        lines = log_file.read_text().splitlines(True) if log_file.exists() else []
-        with atomic(log_file) as tmp:
+        lines = log_file.read_text().splitlines(True) if log_file.exists() else []      # what comes again is cut off
+        with reading(log_file, "a damaged line; delete the file, and the run goes on"), atomic(log_file) as tmp:
             tmp.write_text("".join(line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= start))
-        if 0 < cfg.sample_every <= cfg.steps:
-            try:
-                vae = load_vae(cfg.vae, device)
-            except Stop as e:
-                print(f"no pictures on the way: {e}", flush=True)
+    if RANK == 0 and 0 < cfg.sample_every <= cfg.steps:
+        try:
+            vae = load_vae(cfg.vae, device)
+        except Stop as e:
+            print(f"no pictures on the way: {e.args[0]}", flush=True)
 
-    loss_fn = torch.compile(flow_loss, dynamic=False) if compiles(cfg, device) else flow_loss
+    loss_fn, flops = compiled(flow_loss, cfg, device), 3 * forward_flops(net)           # a backward pass costs two forward ones
     warmup = max(1, round(cfg.warmup_epochs * len(data) / cfg.batch))
     peak = WORLD * PEAK.get(torch.cuda.get_device_name(device), 0) if device.type == "cuda" else 0
     stream = batches(data, cfg, ((s, m) for s in range(start, cfg.steps) for m in range(RANK, micros, WORLD)), device)
-    recent, bins, clock, caught = [], torch.zeros(2, 10, device=device), time.perf_counter(), []
+    recent, bins, clock, caught, step = [], torch.zeros(2, 10, device=device), time.perf_counter(), [], start
     handler = lambda s, _: (caught.append(s), signal.signal(s, signal.SIG_DFL))         # first: end this step; second: at once
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -503,37 +490,30 @@ def train(cfg):
             (losses.mean() / micros).backward()
             step_loss += losses.detach().mean() / micros
             bins.index_add_(1, (10 * t).long().clamp(max=9), torch.stack([losses.detach(), torch.ones_like(t)]))
-        for p in params:
-            total(p.grad)
-        norm = nn.utils.clip_grad_norm_(params, 1.0)
-        opt.step()
-        opt.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, params, 1 - cfg.ema)
-        recent.append(torch.stack([step_loss, norm]))
+        if WORLD > 1:                                 # all gradients in one sum over the processes
+            total(flat := nn.utils.parameters_to_vector(grads := [p.grad for p in net.parameters()]))
+            nn.utils.vector_to_parameters(flat, grads)
+        recent.append(torch.stack([step_loss, update(net, ema, opt, cfg.ema)]))
         # ----------------------------------------------------------------------- once in a while
         total(stop := torch.tensor(len(caught)))
-        log = step % cfg.log_every == 0 or step == cfg.steps
         save = step % cfg.save_every == 0 or step == cfg.steps or stop
-        if log or save:                               # here, and only here, the host waits for the GPU
+        if save or step % cfg.log_every == 0:         # here, and only here, the host waits for the GPU
             losses, norms = torch.stack(recent, 1)                        # (steps since the last line,) each
-            total(losses)
+            total(losses), total(bins)
             good = (losses.isfinite() & norms.isfinite()).int()
             need(good.all(), f"{out}: loss or gradient not finite at step {step - len(recent) + 1 + int(good.argmin()):,}; ckpt.pt is "
                  "from before; try a lower --lr, or --precision fp32", 1)
-        if log:
-            total(bins)
             seconds = (time.perf_counter() - clock) / len(recent)
             row = {"step": step, "loss": losses.mean().item(), "grad_norm": norms.mean().item(), "lr": lr, "ms": 1000 * seconds,
                    "images_per_s": cfg.batch / seconds, "mfu": cfg.batch / seconds * flops / peak if peak else 0,
-                   "gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0,
-                   "loss_by_t": [total / n if n else None for total, n in zip(*bins.tolist())]}
-            recent, clock = [], time.perf_counter()
+                   "gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0,
+                   "loss_by_t": [loss / n if n else None for loss, n in zip(*bins.tolist())]}
+            recent = []
             bins.zero_()
             if RANK == 0:
                 print(f"step {step:,}/{cfg.steps:,} {step / cfg.steps:.1%} | loss {row['loss']:.4f} | grad {row['grad_norm']:.3f} | "
                       f"lr {lr:.2e} | {row['ms']:.0f} ms/step {row['images_per_s']:,.0f} images/s | mfu {row['mfu']:.1%} "
-                      f"{row['gib']:.1f} GiB | eta {timedelta(seconds=round((cfg.steps - step) * seconds))}", flush=True)
+                      f"{row['gib']:.1f} GiB | eta {tqdm.format_interval((cfg.steps - step) * seconds)}", flush=True)
                 if step % (10 * cfg.log_every) == 0:
                     print("  loss by t, from noise to data:", *(f"{v:.3f}" if v else "-" for v in row["loss_by_t"]), flush=True)
                 with open(log_file, "a") as file:
@@ -541,19 +521,21 @@ def train(cfg):
         if save and RANK == 0:
             state = {"config": asdict(cfg), "identity": identity, "grid": data.shape[1], "step": step,
                      "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict()}
-            try:
-                with atomic(path) as tmp:
-                    torch.save(state, tmp)
-            except RuntimeError as e:                 # torch's zip writer makes this of a full disk
-                raise Stop(f"{path}: cannot be written; is the disk full? ({str(e)[:60]}) The one before it is intact", 1) from None
+            with reading(path, "cannot be written; is the disk full? An earlier one is intact", 1), atomic(path) as tmp:
+                torch.save(state, tmp)
         if vae and step % cfg.sample_every == 0:
             labels = torch.linspace(0, data.num_classes - 1, 16).long()
             save_grid(out / f"samples_{step:07d}.png", pictures(vae, generate(ema, labels, 0, cfg, device)), 8)
+        if not recent:
+            clock = time.perf_counter()               # from here, so that saving and drawing are not training
         if stop:
-            raise Stop(f"{out}: stopped by a signal, saved at step {step:,}; the same command continues", 130)
+            break
     for s in before:
         signal.signal(s, before[s])
-    print(f"{out}: {max(start, cfg.steps):,} steps done; python jlt.py --sample {out} --classes 0 1 shows samples, a larger --steps goes on")
+    if WORLD > 1:
+        dist.destroy_process_group()
+    need(not stop, f"{out}: stopped by a signal, saved at step {step:,}; the same command continues", 130)
+    print(f"{out}: {max(start, cfg.steps):,} steps done; see samples: python jlt.py --sample {out} --classes 0 1; a larger --steps goes on")
     return out
 
 # ================================================================ target geometry (section 3.2, App. B and D)
@@ -584,32 +566,33 @@ def tokens(latents, p):
     return F.pixel_unshuffle(latents.float(), p).movedim(1, -1).flatten(0, 2)
 
 def linear_probe(fit, held_out, t):
-    """App. D: the best linear predictor of x, and of v, from z at time t (ridge regression in closed form, of tokens
-    (N, D)) -> mean squared errors per dimension on held-out tokens, to set beside gaussian_risk."""
+    """App. D: mean squared errors per dimension, on held-out tokens (N, D), of the best linear predictors of x and of v
+    from z at time t (ridge regression in closed form), to set beside gaussian_risk."""
     x, n = torch.cat([fit, held_out]).double(), len(fit)
     eps = torch.randn(x.shape, generator=rng(NOISE, 0), dtype=x.dtype)
     z = F.pad(t * x + (1 - t) * eps, (0, 1), value=1)                     # a last column for the mean
     gram = z[:n].T @ z[:n] + 1e-3 * torch.eye(z.shape[1], dtype=z.dtype)
-    error = {}
-    for target, y in {"x": x, "v": x - eps}.items():                      # (2)
-        error[target] = (y - z @ torch.linalg.solve(gram, z[:n].T @ y[:n]))[n:].square().mean().item()
-    return error
+    error = lambda y: (y - z @ torch.linalg.solve(gram, z[:n].T @ y[:n]))[n:].square().mean().item()
+    return {"x": error(x), "v": error(x - eps)}                           # (2)
 
-def plot(draw, left, title, curves):
-    """One 560 x 420 chart with a logarithmic y axis; curves: {name: (colour, [(x, y), ...])}."""
-    xs, ys = zip(*(point for _, points in curves.values() for point in points))
-    low, high, font = math.floor(math.log10(max(min(ys), 1e-5))), math.ceil(math.log10(max(ys))), ImageFont.load_default(14)
-    at = lambda x, y: (left + 60 + 480 * (x - min(xs)) / (max(xs) - min(xs)),
-                       380 - 340 * (math.log10(max(y, 10.0 ** low)) - low) / (high - low))
-    draw.text((left + 60, 10), title, "black", font)
-    for e in range(low, high + 1):
-        draw.line([at(min(xs), 10.0 ** e), at(max(xs), 10.0 ** e)], "#dddddd")
-        draw.text((left + 8, at(0, 10.0 ** e)[1] - 9), f"1e{e}", "black", font)
-    for x in (min(xs), max(xs)):
-        draw.text((at(x, 1)[0] - 8, 386), f"{x:g}", "black", font)
-    for k, (name, (colour, points)) in enumerate(curves.items()):
-        draw.line([at(*point) for point in points], colour, 3)
-        draw.text((left + 110, 310 + 20 * k), name, colour, font)
+def plot(path, panels):
+    """Writes charts {title: {curve: [(x, y), ...]}} side by side, with logarithmic y axes, as a PNG."""
+    sheet, font = Image.new("RGB", (560 * len(panels), 420), "white"), ImageFont.load_default(14)
+    for left, (title, curves) in zip(range(60, sheet.width, 560), panels.items()):
+        draw, (xs, ys) = ImageDraw.Draw(sheet), zip(*(point for points in curves.values() for point in points))
+        low, high = math.floor(math.log10(max(min(ys), 1e-5))), math.ceil(math.log10(max(ys)))
+        at = lambda x, y: (left + 480 * (x - min(xs)) / (max(xs) - min(xs)), 380 - 340 * (math.log10(max(y, 1e-9)) - low) / (high - low))
+        draw.text((left, 10), title, "black", font)
+        for e in range(low, high + 1):
+            draw.line([at(min(xs), 10.0 ** e), at(max(xs), 10.0 ** e)], "#dddddd")
+            draw.text((left - 52, at(0, 10.0 ** e)[1] - 9), f"1e{e}", "black", font)
+        for x in (min(xs), max(xs)):
+            draw.text((at(x, 1)[0] - 8, 386), f"{x:g}", "black", font)
+        for k, ((name, points), colour) in enumerate(zip(curves.items(), ("#1f77b4", "#7f7f7f", "#d62728"))):
+            draw.line([at(*point) for point in points], colour, 3)
+            draw.text((left + 50, 310 + 20 * k), name, colour, font)
+    with atomic(path) as tmp:
+        sheet.save(tmp, "PNG")
 
 def geometry(folder, cfg):
     """--geometry: the spectrum of a cache's tokens, and what (3)-(6) make of it. A table, and geometry.png."""
@@ -617,7 +600,7 @@ def geometry(folder, cfg):
         cache_digits(folder := Path("runs/digits"))
     data, p, out = LatentDataset(folder), resolve(cfg).patch_size, Path(cfg.out or "geometry.png")
     need(data.shape[1] % p == 0 and len(data) > 1, f"{folder}: no statistics of {p} x {p} tokens in {len(data)} latents {data.shape}")
-    rows = lambda index: tokens(data.rows(index, [False] * len(index)), p)
+    rows = lambda index: tokens(torch.stack([data.item(i)[0] for i in index]), p)
     statistics = Statistics(data.shape[0] * p * p)
     for i in tqdm(range(0, len(data), 64), unit="x 64 latents"):
         statistics.update(rows(range(i, min(i + 64, len(data)))))
@@ -625,7 +608,6 @@ def geometry(folder, cfg):
     spectra = {"x": lam, "eps": torch.ones_like(lam), "v": lam + 1}       # x and eps are independent
     some = rows(range(0, len(data), -(-statistics.n // 60_000)))
     fit, held_out = some[torch.randperm(len(some), generator=rng(ORDER, 0))].chunk(2)
-
     print(f"{folder}: {statistics.n:,} tokens of {len(lam)} dimensions, {p} x {p} positions each; variance per dimension "
           f"{lam.mean():.3f}, largest {lam[0]:.3g}, median {lam[len(lam) // 2]:.3g}, smallest {lam[-1]:.3g}\n\n"
           "target   effective rank   participation ratio   share of variance in the smaller half")
@@ -633,16 +615,12 @@ def geometry(folder, cfg):
         print(f"{target:6} {effective_rank(s):12.1f} {participation_ratio(s):17.1f} {s[len(s) // 2:].sum() / s.sum():23.1%}")
     print("\n   t     R_x   R_eps     R_v   linear probe: x       v   gain in the smallest direction: x       v")
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):
-        risk, probe, (gain_x, gain_v) = gaussian_risk(lam, t), linear_probe(fit, held_out, t), gaussian_gain(lam[-1].item(), t)
+        risk, probe, gain = gaussian_risk(lam, t), linear_probe(fit, held_out, t), gaussian_gain(lam[-1].item(), t)
         print(f"{t:4.1f} {risk['x']:7.4f} {risk['eps']:7.4f} {risk['v']:7.4f} {probe['x']:16.4f} {probe['v']:7.4f} "
-              f"{gain_x:32.4f} {gain_v:7.3f}")
-    sheet, colours = Image.new("RGB", (1120, 420), "white"), {"x": "#1f77b4", "eps": "#7f7f7f", "v": "#d62728"}
-    plot(ImageDraw.Draw(sheet), 0, "Eigenvalues of the targets' covariance, by rank",
-         {f"y_{k}": (colours[k], [*enumerate(s.tolist(), 1)]) for k, s in spectra.items()})
-    plot(ImageDraw.Draw(sheet), 560, "Least error per dimension, over t (0: noise)",
-         {f"R_{k}": (colours[k], [(i / 100, gaussian_risk(lam, i / 100)[k]) for i in range(1, 100)]) for k in spectra})
-    with atomic(out) as tmp:
-        sheet.save(tmp, "PNG")
+              f"{gain[0]:32.4f} {gain[1]:7.3f}")
+    plot(out, {"Eigenvalues of the targets' covariance, by rank": {f"y_{k}": [*enumerate(s.tolist(), 1)] for k, s in spectra.items()},
+               "Least error per dimension, over t (0: noise)": {
+                   f"R_{k}": [(i / 100, gaussian_risk(lam, i / 100)[k]) for i in range(1, 100)] for k in spectra}})
     print(f"\nwrote {out}")
 
 # ================================================================ the demo
@@ -653,32 +631,28 @@ DEMO_IMAGES = 2000                                    # samples of each target, 
 def demo(given):
     """--demo: the same network, loss, loop and sampler on drawn digits, for x and for v from the same weights, data
     order and noise. Prints the table and writes the picture: rows of real digits, of x's and of v's."""
-    need("data" not in given, "--data: has no use with --demo, which draws its own")
     started, targets = time.time(), [given["target"]] if "target" in given else ["x", "v"]
     changed = "".join(f"-{k}-{v}" for k, v in sorted(given.items()) if k not in FREE - {"steps"} | {"target"})
     out = Path(given.pop("out", "runs/demo" + changed))
     cfg = Config(**DEMO | {"data": "runs/digits"} | given)
     device, n = pick_device(cfg.device), DEMO_IMAGES
     cache_digits(Path(cfg.data))
-    codec, judge = load_vae(f"{cfg.data}/codec.safetensors"), DigitNet(*draw_digits(2 * n, seed=2))
+    codec, judge = load_vae(f"{cfg.data}/codec.safetensors"), digit_judge(*draw_digits(2 * n, seed=2))
     real, labels = draw_digits(2 * n, seed=3)         # two held-out halves: to compare with, and to be compared
-    print(f"the judge reads {judge.accuracy(real, labels):.1%} of the held-out digits right [{time.time() - started:.0f} s]")
-
-    def spaces(images):
-        """Mean and covariance in the two feature spaces: pooled pixels, and what the judge looks at."""
-        for features in (F.avg_pool2d(images / 127.5 - 1, 4).flatten(1), judge(images)[0]):
-            statistics = Statistics(features.shape[1])
-            statistics.update(features)
-            yield statistics.mean, statistics.cov
-
+    accuracy = lambda images: (judge(images / 127.5 - 1).argmax(1) == labels[:len(images)]).float().mean()
     low = lambda z: tokens(z, 1)[:, 64:].var(0).sum() # energy where the digits have least
-    reference, z_real = list(spaces(real[:n])), encode(codec, real[n:] / 127.5 - 1)
+
+    def spaces(images):                               # mean and covariance of pooled pixels, and of what the judge looks at
+        x = images / 127.5 - 1
+        return [(f.mean(0), f.T.cov()) for f in (F.avg_pool2d(x, 4).flatten(1).double(), judge[:-1](x).double())]
+
     def row(name, images, latents, loss=""):
         pooled, learned = (frechet_distance(*a, *b) for a, b in zip(spaces(images), reference))
-        return (f"{name:12} {loss:>6} {pooled:15.2f} {learned:17.1f} {low(latents) / low(z_real):17.2f} "
-                f"{judge.accuracy(images, labels[:n]):13.1%}")
+        return f"{name:12} {loss:>6} {pooled:15.2f} {learned:17.1f} {low(latents) / low(z_real):17.2f} {accuracy(images):13.1%}"
 
+    reference, z_real = spaces(real[:n]), encode(codec, real[n:] / 127.5 - 1)
     table, shown = [row("real", real[n:], z_real), row("real, coded", pictures(codec, z_real), z_real)], [real[:20]]
+    print(f"the judge reads {accuracy(real):.1%} of the held-out digits right [{time.time() - started:.0f} s]")
     for target in targets:
         run = train(replace(cfg, target=target, out=str(out / target)))
         loss = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
@@ -688,28 +662,70 @@ def demo(given):
         table.append(row(f"{target}-pred.", images, z, f"{loss:.3f}"))
         print(f"[{time.time() - started:.0f} s]")
     save_grid(out / "demo.png", F.interpolate(torch.cat(shown).float(), scale_factor=3).to(torch.uint8), 10)
-    print("\n               loss   pooled pixels   digit features   low directions   read right\n" + "\n".join(table))
-    print("\nFrechet distances to held-out digits (of pooled pixels, of a digit classifier's features): lower is better, 'real' "
-          f"is the floor.\nlow directions: energy in the 64 of 128 directions where data has least, data's own is 1.\n"
+    print("\n               loss   pooled pixels   digit features   low directions   read right", *table, sep="\n")
+    print("\nFrechet distances to held-out digits, in two feature spaces: lower is better, 'real' is the floor.\nlow directions: "
+          "energy in the 64 of 128 directions where data has least; data's own is 1.\n"
           f"{out / 'demo.png'}: two rows each of real digits, {', '.join(targets)}. [{time.time() - started:.0f} s]")
+
+# ================================================================ benchmark
+def seconds(work):                                    # the median of repeats after a warm-up, from idle device to idle device
+    return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=1).median
+
+def bench(cfg):
+    """--bench: how fast this machine trains, loads, samples and decodes, by the functions that do it, on random latents."""
+    device = pick_device(cfg.device)
+    cuda, b = device.type == "cuda", cfg.micro_batch or (256 if device.type == "cuda" else 4)
+    paper, cfg = cfg, resolve(replace(cfg, batch=cfg.batch if cuda else b, micro_batch=b, sample_every=0, log_every=5, steps=20))
+    name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
+    net, ema, opt = build(cfg, (128, 16, 16), 1000, device)
+    flops, grads, peak = 3 * forward_flops(net), [torch.randn_like(p) for p in net.parameters()], PEAK.get(name, 0)
+    def step():
+        for p, g in zip(net.parameters(), grads):
+            p.grad = g
+        update(net, ema, opt, cfg.ema)
+    with tempfile.TemporaryDirectory() as tmp, autocast(cfg, device):
+        z, n, rate = torch.randn(2048, 128, 16, 16), 8192 if cuda else 1024, {}
+        save_shard(Path(tmp, "latents_00000.safetensors"), z, z, torch.arange(2048) % 1000, classes=1000)
+        loader = batches(LatentDataset(tmp), cfg, ((s, 0) for s in range(10**9)), device)
+        loading, update_ms = 8 * b / seconds(lambda: [next(loader) for _ in range(8)]), 1000 * seconds(step)
+        a = torch.randn(n, n, device=device) @ torch.randn(n, n, device=device)         # in the precision of training
+        wall = 2 * n ** 3 / seconds(lambda: a @ a)
+        for mode in ["off"] + ["on"] * (compiled(step, cfg, device) is not step):
+            run = train(replace(cfg, data=tmp, out=f"{tmp}/{mode}", compile=mode))
+            rows = [json.loads(line) for line in open(run / "log.jsonl")][1:]           # the first waited for the compiler
+            rate[mode] = best = np.median([row["images_per_s"] for row in rows])
+        net = compiled(load_network(run)[0].to(device), cfg, device)
+        guided, plain = (b / seconds(lambda: generate(net, torch.arange(b), 0, replace(cfg, cfg=w), device)) for w in (cfg.cfg, 1.0))
+    print(f"\nJLT-{cfg.model}, {flops / 3e9:.2f} GFLOP forward, micro-batch {b} of {cfg.batch}; {name}, torch {torch.__version__}\n"
+          f"training  {best:,.1f} images/s, {1000 * cfg.batch / best:,.0f} ms a step, {best / rate['off']:.2f} x eager; {update_ms:.1f} ms "
+          f"of it clip, AdamW and EMA\n          {best * flops / 1e12:.2f} TFLOP/s, {best * flops / wall:.0%} of what large products "
+          f"reach here; MFU {best * flops / peak if peak else 0:.1%} ({f'of {peak / 1e12:.0f}' if peak else 'unknown device'}); peak "
+          f"{rows[-1]['gib']:.1f} GiB\nloading   {loading:,.0f} latents/s from cache to device, {loading / best:.1f} x what training eats\n"
+          f"sampling  {guided:.2f} images/s guided, {plain:.2f} not, {cfg.sample_steps} steps")
+    if paper.vae:
+        vae, x = load_vae(paper.vae, device), torch.rand(32 if cuda else 2, 3, 256, 256)
+        print(f"VAE       {len(x) / seconds(lambda: encode(vae, x)):.1f} images/s encoded, "
+              f"{len(x) / seconds(lambda: pictures(vae, z[:len(x)])):.1f} decoded, at 256 x 256")
+    print(f"On this machine {paper.steps:,} steps of {paper.batch:,} images take {paper.steps * paper.batch / best / 3600:,.1f} hours, "
+          f"50,000 guided samples {50_000 / guided / 60:,.1f} minutes.")
 
 # ================================================================ command line
 def main():
-    parser = make_parser(__doc__)
-    parser.add_argument("--demo", action="store_true", help="x against v on drawn digits, in two minutes, without data or GPU")
-    parser.add_argument("--geometry", nargs="?", const="", metavar="LATENTS", help="what the targets look like on a cache (or the digits)")
-    parser.add_argument("--sample", metavar="CKPT", help="sample from a run folder, its ckpt.pt, or the paper's checkpoint-last.pth")
-    parser.add_argument("--classes", type=int, nargs="+", metavar="Y", help="with --sample: a PNG grid, one picture per class given")
-    parser.add_argument("--n", type=positive, help="with --sample: this many pictures of all classes, as an npz")
+    parser = ArgumentParser(description=__doc__, **PARSER)
+    mode, add = parser.add_mutually_exclusive_group().add_argument, parser.add_argument
+    mode("--demo", action="store_true", help="x against v on drawn digits, in two minutes, without data or GPU")
+    mode("--geometry", nargs="?", const="", metavar="LATENTS", help="what the targets look like on a cache (or the digits)")
+    mode("--bench", action="store_true", help="how fast this machine trains and samples (on a CPU give a small model)")
+    mode("--sample", metavar="CKPT", help="sample from a run folder, its ckpt.pt, or the paper's checkpoint-last.pth")
+    add("--classes", type=int, nargs="+", metavar="Y", help="with --sample: a PNG grid, one picture per class given")
+    add("--n", type=int, help="with --sample: this many pictures of all classes, as an npz")
     for f in fields(Config):
         kind = {"type": float, "nargs": 2} if f.type is tuple else {"type": f.type, "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=SUPPRESS, metavar=f.name[0].upper(), **kind,
-                            help=f"{f.metadata['help']} ({f.default})" if f.default else f.metadata["help"])
-    given = vars(parser.parse_args())
-    show, folder, checkpoint, classes, n = (given.pop(k) for k in ("demo", "geometry", "sample", "classes", "n"))
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    need(checkpoint is not None or not classes and not n, "--classes and --n go with --sample CKPT")
-    need(bool(checkpoint) + show + (folder is not None) < 2, "--demo, --geometry and --sample: one at a time")
+        add("--" + f.name.replace("_", "-"), default=SUPPRESS, metavar=f.name[0].upper(), **kind,
+            help=f"{f.metadata['help']} ({f.default})" if f.default else f.metadata["help"])
+    given = {k: tuple(v) if k in ("interval", "logit_t") else v for k, v in vars(parser.parse_args()).items()}
+    show, folder, speed, checkpoint, classes, n = (given.pop(k) for k in ("demo", "geometry", "bench", "sample", "classes", "n"))
+    need(checkpoint is not None or classes is n is None, "--classes and --n go with --sample CKPT")
     if checkpoint is not None:
         sample_command(checkpoint, classes, n, given)
     elif show:
@@ -717,7 +733,7 @@ def main():
     elif folder is not None:
         geometry(folder, Config(**given))
     else:
-        train(Config(**given))
+        (bench if speed else train)(Config(**given))
 
 if __name__ == "__main__":
     run(main)

@@ -27,14 +27,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-
 from encode import (VAE, LatentDataset, cache_digits, decode, digit_judge, draw_digits, encode, load_vae, pick_device,
                     save_grid, save_shard, to_uint8)
 from fid import PARSER, RANK, WORLD, Statistics, Stop, atomic, frechet_distance, need, reading, run
 
 # ================================================================ configuration
-def flag(default, help, low=-math.inf, high=math.inf, choices=None):
-    """A field of Config, with the help text and the limits of its command-line flag."""
+def flag(default, help, low=-math.inf, high=math.inf, choices=None):      # a field with what its command-line flag needs
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 MODELS = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}   # depth, width, heads: the DiT family
@@ -62,11 +60,10 @@ class Config:
     logit_t: tuple = flag((-0.8, 0.8), "t = sigmoid(n), n normal with this mean and standard deviation, for every target")
     t_eps: float = flag(0.05, "floor of the divisors 1 - t and t, in training and sampling", 1e-6, 1)
     seed: int = flag(0, "of weights, data order and noise", 0)
-    # sampling
+    # sampling, files and machine
     sample_steps: int = flag(50, "Heun steps", 1)
     cfg: float = flag(2.9, "guidance weight; 1: none, at half the cost")
     interval: tuple = flag((0.1, 1.0), "guidance is on where low < t < high", 0, 1)
-    # files and machine
     data: str = flag("latents", "folder that encode.py wrote")
     out: str = flag("", "run folder (runs/MODEL-TARGET); with --sample the file (samples.png, samples.npz)")
     vae: str = flag("", "repository or folder of the decoder (the VAE that made the latents)")
@@ -83,8 +80,8 @@ class Config:
             numbers = [x for x in (value if f.type is tuple else (value,)) if f.type is not str]
             need(value in (choices or (value,)) and all(math.isfinite(x) and low <= x <= high for x in numbers),
                  f"--{f.name.replace('_', '-')} {value}: needs " + (" or ".join(choices or [f"finite numbers, {low} to {high}"])))
-        need(self.interval[0] < self.interval[1] and self.logit_t[1] >= 0,
-             f"--interval {self.interval}: needs low below high; --logit-t {self.logit_t}: a deviation of at least 0")
+        need(self.interval[0] < self.interval[1], f"--interval {self.interval}: low must be below high")
+        need(self.logit_t[1] >= 0, f"--logit-t {self.logit_t}: a standard deviation is not negative")
 
 # What may differ when a run is continued, because the weights stay what they would have been.
 SAMPLING = {"out", "vae", "device", "compile", "sample_steps", "cfg", "interval"}
@@ -139,13 +136,11 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
-        freqs = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))
-        angles = t.float()[:, None] * freqs           # (B, 128)
+        angles = t.float()[:, None] * torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))      # (B, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
 
 def rope_tables(grid, head_dim):
-    """cos and sin (N, head_dim/2) of 2-D axial RoPE on a grid x grid image: the first half of the channel pairs
-    turns with the row, the second with the column."""
+    """cos and sin (N, head_dim/2) of 2-D axial RoPE: half of the channel pairs turn with the row, half with the column."""
     freqs = 10000 ** (-torch.arange(head_dim // 4) / (head_dim // 4))
     turns = torch.arange(grid)[:, None] * freqs       # (grid, head_dim/4)
     angles = torch.cat([turns.repeat_interleave(grid, 0), turns.repeat(grid, 1)], -1)
@@ -158,10 +153,8 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.num_heads, self.qkv, self.proj = num_heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.q_norm, self.k_norm = RMSNorm(dim // num_heads), RMSNorm(dim // num_heads)
-        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, cos, sin):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)     # (B, heads, N, head_dim)
@@ -212,8 +205,7 @@ class JLT(nn.Module):
         self.grid, self.patch_size, self.in_channels, self.num_classes = input_size, patch_size, in_channels, num_classes
         c, d, p, b = in_channels, hidden_size, patch_size, bottleneck     # b: 128 in the paper's text, 0 in its weights
         two = {"proj1": nn.Conv2d(c, b, p, p, bias=False), "proj2": nn.Conv2d(b, d, 1)} if b else {}
-        self.x_embedder = nn.Sequential(OrderedDict(two or {"proj": nn.Conv2d(c, d, p, p)}))
-        self.t_embedder = TimestepEmbedder(d)
+        self.x_embedder, self.t_embedder = nn.Sequential(OrderedDict(two or {"proj": nn.Conv2d(c, d, p, p)})), TimestepEmbedder(d)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, d)})    # the last: no class
         self.blocks = nn.ModuleList(Block(d, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(d, p * p * c)
@@ -269,7 +261,6 @@ def sample(net, y, noise, target="x", steps=50, cfg=2.9, interval=(0.1, 1.0), me
     method: "heun" (second order; the last step is Euler's) or "euler". Where guidance is off (cfg = 1, or t
     outside the open interval; low = 0 includes t = 0) the unconditional pass is not computed."""
     low, high = interval
-
     def guided(z, t):
         on = cfg != 1 and (low < t or low == 0) and t < high
         zz, yy = (torch.cat([z, z]), torch.cat([y, torch.full_like(y, net.num_classes)])) if on else (z, y)
@@ -298,7 +289,6 @@ def batches(data, cfg, jobs, device):
         flips = torch.rand(cfg.micro_batch, generator=rng(FLIPS, cfg.seed, step, m)) < 0.5
         x, y = torch.stack([data.item(i, flip)[0] for i, flip in zip(index, flips)]), data.labels[index]
         return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
-
     with ThreadPoolExecutor(4) as pool:
         queue = deque(pool.submit(read, *job) for job in islice(jobs, 8))
         while queue:
@@ -321,16 +311,6 @@ def load_file(path):
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         need(not foreign, f"{path}: names {', '.join(foreign)}, and no code is imported for a checkpoint")
         return torch.load(path, map_location="cpu", weights_only=True)
-
-def load_run(path, cfg, identity):
-    """The checkpoint of a run folder, if it was made with these settings and data; Stop if not."""
-    state, new = load_file(path), asdict(cfg) | {"data": identity}
-    need(isinstance(state, dict) and "identity" in state, f"{path}: not a checkpoint of this program; give another --out")
-    old = state["config"] | {"data": state["identity"]}
-    free = FREE - {"steps"} if cfg.cooldown else FREE                     # a cool-down depends on where it ends
-    other = [f"{k} {old.get(k)} (now {new[k]})" for k in new if k not in free and old.get(k) != new[k]]
-    need(not other, f"{path}: made with other settings: {', '.join(other)}; give another --out")
-    return state
 
 def load_network(path):
     """-> EMA network, its settings (target, t_eps, vae), from our checkpoints (a file or its run folder) and the
@@ -355,45 +335,18 @@ def load_network(path):
 
 # ================================================================ samples
 def generate(net, labels, first, cfg, device):
-    """Sampled latents (N, C, H, W) of classes `labels`. The noise of image i = first, first + 1, ... depends on
-    (seed, i) alone: not on the batch, nor on the number of GPUs."""
+    """Sampled latents (N, C, H, W) of classes `labels`. The noise of image i = first, first + 1, ... depends on (seed, i) alone."""
     noise = torch.stack([torch.randn(net.in_channels, net.grid, net.grid, generator=rng(SAMPLES, cfg.seed, i))
                          for i in range(first, first + len(labels))]).to(device)
     with autocast(cfg, device):
         return sample(net, labels.to(device), noise, cfg.target, cfg.sample_steps, cfg.cfg, cfg.interval, t_eps=cfg.t_eps)
 
-def pictures(vae, latents):
-    """-> uint8 (N, 3, H, W) on the CPU, decoded 32 at a time."""
+def pictures(vae, latents):                           # -> uint8 (N, 3, H, W) on the CPU
     return torch.cat([to_uint8(decode(vae, z)).cpu() for z in latents.split(32)])
 
-def sample_file(net, vae, n, cfg, device, out):
-    """n images of class i mod num_classes as an npz like ADM's: arr_0, uint8 (n, H, W, 3). Finished batches wait in
-    a hidden folder, where several processes share the work and an interrupted run continues."""
-    micro = min(n, cfg.micro_batch or 256)
-    made_by = n, micro, cfg.target, cfg.t_eps, cfg.sample_steps, cfg.cfg, cfg.interval, cfg.seed, [
-        p.double().sum().item() for p in net.parameters()]
-    parts = out.with_name(f".tmp.{out.name}.{hashlib.sha256(repr(made_by).encode()).hexdigest()[:12]}")
-    files = {first: parts / f"{first:09d}.npy" for first in range(0, n, micro)}
-    for first in tqdm(list(files)[RANK::WORLD], unit=f"x {micro} images", disable=RANK > 0):
-        if not files[first].exists():
-            parts.mkdir(parents=True, exist_ok=True)
-            labels = torch.arange(first, first + micro) % net.num_classes # also at the end: one shape to compile for
-            images = pictures(vae, generate(net, labels, first, cfg, device))[:n - first].permute(0, 2, 3, 1)
-            with atomic(files[first]) as tmp, open(tmp, "wb") as file:
-                np.save(file, images.contiguous().numpy())
-    if RANK == 0:
-        while not all(path.exists() for path in files.values()):
-            time.sleep(1)                             # for the other processes
-        header = {"descr": "|u1", "fortran_order": False, "shape": (n, *np.load(files[0], mmap_mode="r").shape[1:])}
-        arr_0 = zipfile.ZipInfo("arr_0.npy")
-        with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(arr_0, "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for path in files.values():
-                file.write(np.load(path))
-        shutil.rmtree(parts)
-
 def sample_command(checkpoint, classes, n, given):
-    """--sample: n images of all classes as an npz, or one of each class given as a PNG without gaps."""
+    """--sample: one image of each of `classes` as a PNG without gaps, or n of all classes as an npz like ADM's: arr_0,
+    uint8 (n, H, W, 3). Finished batches wait in a hidden folder: processes share the work, an interrupted run continues."""
     need((classes is None) != (n is None) and n != 0, "--sample: say what, --classes 207 360 ... or --n 50000 (at least 1)")
     useless = given.keys() - SAMPLING - {"target", "t_eps", "seed", "micro_batch", "precision"}
     need(not useless, f"--{min(useless, default='').replace('_', '-')}: has no use with --sample; the checkpoint decides")
@@ -402,16 +355,37 @@ def sample_command(checkpoint, classes, n, given):
     need(not out.exists() and out.parent.is_dir(), f"{out}: exists, or its folder does not; give another --out")
     net, known = load_network(checkpoint)
     cfg = replace(cfg, **{k: v for k, v in known.items() if k not in given})
-    need(not classes or 0 <= min(classes) <= max(classes) < net.num_classes, f"--classes: it has classes 0 to {net.num_classes - 1}")
-    vae, net = load_vae(cfg.vae, device), compiled(net.to(device), cfg, device)
+    labels = torch.arange(n) % net.num_classes if n else torch.tensor(classes)
+    need(0 <= labels.min() <= labels.max() < net.num_classes, f"--classes: it has classes 0 to {net.num_classes - 1}")
+    vae, micro = load_vae(cfg.vae, device), min(len(labels), cfg.micro_batch or 256)
+    made_by = repr((micro, labels.tolist(), cfg.target, cfg.t_eps, cfg.sample_steps, cfg.cfg, cfg.interval, cfg.seed)).encode()
+    digest = hashlib.sha256(made_by + b"".join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest()[:12]
+    parts, net = out.with_name(f".tmp.{out.name}.{digest}"), compiled(net.to(device), cfg, device)
+    files = {first: parts / f"{first:09d}.npy" for first in range(0, len(labels), micro)}
     print(f"{cfg.target}-prediction, {cfg.sample_steps} Heun steps, guidance {cfg.cfg} on {cfg.interval}, seed {cfg.seed}")
+    for first in tqdm(list(files)[RANK::WORLD], unit=f"x {micro} images", disable=RANK > 0):
+        if not files[first].exists():
+            parts.mkdir(parents=True, exist_ok=True)
+            y = labels.roll(-first)[:micro]           # also at the end: one shape to compile for
+            images = pictures(vae, generate(net, y, first, cfg, device))[:len(labels) - first].permute(0, 2, 3, 1)
+            with atomic(files[first]) as tmp, open(tmp, "wb") as file:
+                np.save(file, images.contiguous().numpy())
+    if RANK:
+        return
+    while not all(path.exists() for path in files.values()):
+        time.sleep(1)                                 # for the other processes
+    images = [np.load(path, mmap_mode="r") for path in files.values()]    # (B, H, W, 3) each
     if n:
-        sample_file(net, vae, n, cfg, device, out)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (n, *images[0].shape[1:])}
+        arr_0 = zipfile.ZipInfo("arr_0.npy")
+        with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(arr_0, "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in images:
+                file.write(part)
     else:
-        micro = torch.tensor(classes).split(cfg.micro_batch or 64)
-        images = [pictures(vae, generate(net, y, k * len(micro[0]), cfg, device)) for k, y in enumerate(tqdm(micro))]
-        rows = max(d for d in range(1, math.isqrt(len(classes)) + 1) if len(classes) % d == 0)    # as square as it gets
-        save_grid(out, torch.cat(images), len(classes) // rows)
+        rows = max(d for d in range(1, math.isqrt(len(labels)) + 1) if len(labels) % d == 0)      # as square as it gets
+        save_grid(out, torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), len(labels) // rows)
+    shutil.rmtree(parts)
     print(f"wrote {out}")
 
 # ================================================================ training
@@ -448,20 +422,23 @@ def train(cfg):
     if WORLD > 1:                                     # gloo, on the CPU, carries the flag that says "stop"
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     total = dist.all_reduce if WORLD > 1 else lambda tensor: None         # a sum over the processes, in place
-
     net, ema, opt = build(cfg, data.shape, data.num_classes, device)
     path, log_file, start, stop, vae = out / "ckpt.pt", out / "log.jsonl", 0, 0, None
     identity = f"{len(data)} latents {data.shape}, labels {hashlib.sha256(data.labels.numpy()).hexdigest()[:8]}"
-    if path.exists():
-        state = load_run(path, cfg, identity)
+    if path.exists():                                 # continue, if it was made with these settings and data
+        state, new = load_file(path), asdict(cfg) | {"data": identity}
+        with reading(path, "not a checkpoint of this program; give another --out"):
+            old = state["config"] | {"data": state["identity"]}
+        fixed = new.keys() - FREE | ({"steps"} if cfg.cooldown else set())              # a cool-down depends on where it ends
+        other = [f"{k} {old.get(k)} (now {new[k]})" for k in sorted(fixed) if old.get(k) != new[k]]
+        need(not other, f"{path}: made with other settings: {', '.join(other)}; give another --out")
         for name, part in {"model": net, "ema": ema, "optimizer": opt}.items():
             part.load_state_dict(state[name])
         start = state["step"]
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        print(f"{out}: {cfg.target}-prediction, {sum(p.numel() for p in net.parameters()):,} parameters, {len(data):,} latents "
-              f"{data.shape} of {data.num_classes} classes, batch {micros} x {cfg.micro_batch} on {WORLD} x {device}"
-              + f", continuing at step {start:,}" * (start > 0), flush=True)
+        print(f"{out}: {cfg.target}-prediction, {sum(p.numel() for p in net.parameters()):,} parameters, {identity}, batch {micros} x "
+              f"{cfg.micro_batch} on {WORLD} x {device}{f', continuing at step {start:,}' * (start > 0)}", flush=True)
         lines = log_file.read_text().splitlines(True) if log_file.exists() else []      # what comes again is cut off
         with reading(log_file, "a damaged line; delete the file, and the run goes on"), atomic(log_file) as tmp:
             tmp.write_text("".join(line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= start))
@@ -470,7 +447,6 @@ def train(cfg):
             vae = load_vae(cfg.vae, device)
         except Stop as e:
             print(f"no pictures on the way: {e.args[0]}", flush=True)
-
     loss_fn, flops = compiled(flow_loss, cfg, device), 3 * forward_flops(net)           # a backward pass costs two forward ones
     warmup = max(1, round(cfg.warmup_epochs * len(data) / cfg.batch))
     peak = WORLD * PEAK.get(torch.cuda.get_device_name(device), 0) if device.type == "cuda" else 0
@@ -526,14 +502,12 @@ def train(cfg):
         if vae and step % cfg.sample_every == 0:
             labels = torch.linspace(0, data.num_classes - 1, 16).long()
             save_grid(out / f"samples_{step:07d}.png", pictures(vae, generate(ema, labels, 0, cfg, device)), 8)
-        if not recent:
-            clock = time.perf_counter()               # from here, so that saving and drawing are not training
+        clock = clock if recent else time.perf_counter()                  # saving and drawing are not training
         if stop:
             break
     for s in before:
         signal.signal(s, before[s])
-    if WORLD > 1:
-        dist.destroy_process_group()
+    WORLD > 1 and dist.destroy_process_group()
     need(not stop, f"{out}: stopped by a signal, saved at step {step:,}; the same command continues", 130)
     print(f"{out}: {max(start, cfg.steps):,} steps done; see samples: python jlt.py --sample {out} --classes 0 1; a larger --steps goes on")
     return out
@@ -551,18 +525,13 @@ def gaussian_gain(lam, t):
     """E[x|z] / z and E[v|z] / z in a direction of variance lam: how much of z the best prediction hands on (App. B)."""
     return t * lam / (t ** 2 * lam + (1 - t) ** 2), (t * lam - (1 - t)) / (t ** 2 * lam + (1 - t) ** 2)
 
-def effective_rank(lam):
-    """exp of the entropy of lam / sum(lam): how many directions carry the variance (Roy & Vetterli 2007)."""
-    lam = torch.as_tensor(lam, dtype=torch.float64)
-    return torch.special.entr(lam / lam.sum()).sum().exp().item()
+def effective_rank(lam, order=1):
+    """How many directions carry the variance: exp of the Renyi entropy of lam / sum(lam). Order 1 is Shannon's entropy
+    (Roy & Vetterli 2007), order 2 the participation ratio (sum lam)^2 / sum lam^2, which asks the large directions."""
+    p = F.normalize(torch.as_tensor(lam, dtype=torch.float64), p=1, dim=0)
+    return (torch.special.entr(p).sum().exp() if order == 1 else 1 / p.square().sum()).item()
 
-def participation_ratio(lam):
-    """(sum lam)^2 / sum lam^2: the same question, asked of the large directions."""
-    lam = torch.as_tensor(lam, dtype=torch.float64)
-    return (lam.sum() ** 2 / lam.square().sum()).item()
-
-def tokens(latents, p):
-    """Latents (B, C, H, W) -> tokens (B * H/p * W/p, p*p*C)."""
+def tokens(latents, p):                               # (B, C, H, W) -> (B * H/p * W/p, p*p*C)
     return F.pixel_unshuffle(latents.float(), p).movedim(1, -1).flatten(0, 2)
 
 def linear_probe(fit, held_out, t):
@@ -575,31 +544,28 @@ def linear_probe(fit, held_out, t):
     error = lambda y: (y - z @ torch.linalg.solve(gram, z[:n].T @ y[:n]))[n:].square().mean().item()
     return {"x": error(x), "v": error(x - eps)}                           # (2)
 
-def plot(path, panels):
-    """Writes charts {title: {curve: [(x, y), ...]}} side by side, with logarithmic y axes, as a PNG."""
-    sheet, font = Image.new("RGB", (560 * len(panels), 420), "white"), ImageFont.load_default(14)
-    for left, (title, curves) in zip(range(60, sheet.width, 560), panels.items()):
-        draw, (xs, ys) = ImageDraw.Draw(sheet), zip(*(point for points in curves.values() for point in points))
-        low, high = math.floor(math.log10(max(min(ys), 1e-5))), math.ceil(math.log10(max(ys)))
-        at = lambda x, y: (left + 480 * (x - min(xs)) / (max(xs) - min(xs)), 380 - 340 * (math.log10(max(y, 1e-9)) - low) / (high - low))
-        draw.text((left, 10), title, "black", font)
-        for e in range(low, high + 1):
-            draw.line([at(min(xs), 10.0 ** e), at(max(xs), 10.0 ** e)], "#dddddd")
-            draw.text((left - 52, at(0, 10.0 ** e)[1] - 9), f"1e{e}", "black", font)
-        for x in (min(xs), max(xs)):
-            draw.text((at(x, 1)[0] - 8, 386), f"{x:g}", "black", font)
-        for k, ((name, points), colour) in enumerate(zip(curves.items(), ("#1f77b4", "#7f7f7f", "#d62728"))):
-            draw.line([at(*point) for point in points], colour, 3)
-            draw.text((left + 50, 310 + 20 * k), name, colour, font)
-    with atomic(path) as tmp:
-        sheet.save(tmp, "PNG")
+def chart(title, curves):
+    """Curves {name: [(x, y), ...]} with a logarithmic y axis -> image (3, 420, 560)."""
+    image, (xs, ys) = Image.new("RGB", (560, 420), "white"), zip(*(point for points in curves.values() for point in points))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    low, high = math.floor(math.log10(max(min(ys), 1e-5))), math.ceil(math.log10(max(ys)))
+    at = lambda x, y: (60 + 480 * (x - min(xs)) / (max(xs) - min(xs)), 380 - 340 * (math.log10(max(y, 1e-9)) - low) / (high - low))
+    draw.text((60, 10), title, "black", font)
+    for e in range(low, high + 1):
+        draw.line([at(min(xs), 10.0 ** e), at(max(xs), 10.0 ** e)], "#dddddd")
+        draw.text((8, at(0, 10.0 ** e)[1] - 9), f"1e{e}", "black", font)
+    for x in (min(xs), max(xs)):
+        draw.text((at(x, 1)[0] - 8, 386), f"{x:g}", "black", font)
+    for k, ((name, points), colour) in enumerate(zip(curves.items(), ("#1f77b4", "#7f7f7f", "#d62728"))):
+        draw.line([at(*point) for point in points], colour, 3)
+        draw.text((110, 310 + 20 * k), name, colour, font)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 def geometry(folder, cfg):
     """--geometry: the spectrum of a cache's tokens, and what (3)-(6) make of it. A table, and geometry.png."""
-    if not folder:
-        cache_digits(folder := Path("runs/digits"))
+    folder or cache_digits(folder := Path("runs/digits"))
     data, p, out = LatentDataset(folder), resolve(cfg).patch_size, Path(cfg.out or "geometry.png")
-    need(data.shape[1] % p == 0 and len(data) > 1, f"{folder}: no statistics of {p} x {p} tokens in {len(data)} latents {data.shape}")
+    need(data.shape[1] % p == 0 and len(data) > 1, f"{folder}: {len(data)} latents {data.shape} have no {p} x {p} statistics")
     rows = lambda index: tokens(torch.stack([data.item(i)[0] for i in index]), p)
     statistics = Statistics(data.shape[0] * p * p)
     for i in tqdm(range(0, len(data), 64), unit="x 64 latents"):
@@ -608,19 +574,19 @@ def geometry(folder, cfg):
     spectra = {"x": lam, "eps": torch.ones_like(lam), "v": lam + 1}       # x and eps are independent
     some = rows(range(0, len(data), -(-statistics.n // 60_000)))
     fit, held_out = some[torch.randperm(len(some), generator=rng(ORDER, 0))].chunk(2)
-    print(f"{folder}: {statistics.n:,} tokens of {len(lam)} dimensions, {p} x {p} positions each; variance per dimension "
-          f"{lam.mean():.3f}, largest {lam[0]:.3g}, median {lam[len(lam) // 2]:.3g}, smallest {lam[-1]:.3g}\n\n"
-          "target   effective rank   participation ratio   share of variance in the smaller half")
+    print(f"{folder}: {statistics.n:,} tokens of {len(lam)} dimensions; variances {lam[0]:.3g} to {lam[-1]:.3g}, {lam.mean():.3f} on average"
+          "\n\ntarget   effective rank   participation ratio   share of variance in the smaller half")
     for target, s in spectra.items():
-        print(f"{target:6} {effective_rank(s):12.1f} {participation_ratio(s):17.1f} {s[len(s) // 2:].sum() / s.sum():23.1%}")
+        print(f"{target:6} {effective_rank(s):12.1f} {effective_rank(s, 2):17.1f} {s[len(s) // 2:].sum() / s.sum():23.1%}")
     print("\n   t     R_x   R_eps     R_v   linear probe: x       v   gain in the smallest direction: x       v")
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):
         risk, probe, gain = gaussian_risk(lam, t), linear_probe(fit, held_out, t), gaussian_gain(lam[-1].item(), t)
         print(f"{t:4.1f} {risk['x']:7.4f} {risk['eps']:7.4f} {risk['v']:7.4f} {probe['x']:16.4f} {probe['v']:7.4f} "
               f"{gain[0]:32.4f} {gain[1]:7.3f}")
-    plot(out, {"Eigenvalues of the targets' covariance, by rank": {f"y_{k}": [*enumerate(s.tolist(), 1)] for k, s in spectra.items()},
-               "Least error per dimension, over t (0: noise)": {
-                   f"R_{k}": [(i / 100, gaussian_risk(lam, i / 100)[k]) for i in range(1, 100)] for k in spectra}})
+    risks = {f"R_{k}": [(i / 100, gaussian_risk(lam, i / 100)[k]) for i in range(1, 100)] for k in spectra}
+    spectra = {f"y_{k}": [*enumerate(s.tolist(), 1)] for k, s in spectra.items()}
+    save_grid(out, torch.stack([chart("Eigenvalues of the targets' covariance, by rank", spectra),
+                                chart("Least error per dimension, over t (0: noise)", risks)]), 2)
     print(f"\nwrote {out}")
 
 # ================================================================ the demo
@@ -641,18 +607,15 @@ def demo(given):
     real, labels = draw_digits(2 * n, seed=3)         # two held-out halves: to compare with, and to be compared
     accuracy = lambda images: (judge(images / 127.5 - 1).argmax(1) == labels[:len(images)]).float().mean()
     low = lambda z: tokens(z, 1)[:, 64:].var(0).sum() # energy where the digits have least
-
     def spaces(images):                               # mean and covariance of pooled pixels, and of what the judge looks at
         x = images / 127.5 - 1
         return [(f.mean(0), f.T.cov()) for f in (F.avg_pool2d(x, 4).flatten(1).double(), judge[:-1](x).double())]
-
     def row(name, images, latents, loss=""):
         pooled, learned = (frechet_distance(*a, *b) for a, b in zip(spaces(images), reference))
         return f"{name:12} {loss:>6} {pooled:15.2f} {learned:17.1f} {low(latents) / low(z_real):17.2f} {accuracy(images):13.1%}"
-
     reference, z_real = spaces(real[:n]), encode(codec, real[n:] / 127.5 - 1)
     table, shown = [row("real", real[n:], z_real), row("real, coded", pictures(codec, z_real), z_real)], [real[:20]]
-    print(f"the judge reads {accuracy(real):.1%} of the held-out digits right [{time.time() - started:.0f} s]")
+    print(f"the judge reads {accuracy(real):.1%} of the held-out digits right")
     for target in targets:
         run = train(replace(cfg, target=target, out=str(out / target)))
         loss = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
@@ -660,42 +623,40 @@ def demo(given):
         z = generate(net.to(device), labels[:n], 0, replace(cfg, target=target), device).cpu()
         shown.append((images := pictures(codec, z))[:20])
         table.append(row(f"{target}-pred.", images, z, f"{loss:.3f}"))
-        print(f"[{time.time() - started:.0f} s]")
     save_grid(out / "demo.png", F.interpolate(torch.cat(shown).float(), scale_factor=3).to(torch.uint8), 10)
     print("\n               loss   pooled pixels   digit features   low directions   read right", *table, sep="\n")
-    print("\nFrechet distances to held-out digits, in two feature spaces: lower is better, 'real' is the floor.\nlow directions: "
-          "energy in the 64 of 128 directions where data has least; data's own is 1.\n"
-          f"{out / 'demo.png'}: two rows each of real digits, {', '.join(targets)}. [{time.time() - started:.0f} s]")
+    print("\nFrechet distances to held-out digits in two feature spaces: lower is better, 'real' is the floor. low directions: energy\n"
+          f"in the 64 of 128 directions where data has least; its own is 1. {out / 'demo.png'}: two rows each of real digits, "
+          f"{', '.join(targets)}. [{time.time() - started:.0f} s]")
 
 # ================================================================ benchmark
-def seconds(work):                                    # the median of repeats after a warm-up, from idle device to idle device
-    return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).blocked_autorange(min_run_time=1).median
-
 def bench(cfg):
     """--bench: how fast this machine trains, loads, samples and decodes, by the functions that do it, on random latents."""
-    device = pick_device(cfg.device)
-    cuda, b = device.type == "cuda", cfg.micro_batch or (256 if device.type == "cuda" else 4)
-    paper, cfg = cfg, resolve(replace(cfg, batch=cfg.batch if cuda else b, micro_batch=b, sample_every=0, log_every=5, steps=20))
-    name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
+    device, paper, cores = pick_device(cfg.device), cfg, torch.get_num_threads()
+    cuda, name = device.type == "cuda", torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cores} CPU threads"
+    cfg = replace(cfg, micro_batch=cfg.micro_batch or (256 if cuda else 4), steps=20, log_every=5, sample_every=0, lr=1e-3,
+                  warmup_epochs=0.0, ema=0.0)         # no weight stays zero: zeros multiply faster
+    b, cfg = cfg.micro_batch, resolve(cfg if cuda else replace(cfg, batch=cfg.micro_batch))
+    median = lambda work: Timer("work()", globals={"work": work}, num_threads=cores).blocked_autorange(min_run_time=1).median
     net, ema, opt = build(cfg, (128, 16, 16), 1000, device)
-    flops, grads, peak = 3 * forward_flops(net), [torch.randn_like(p) for p in net.parameters()], PEAK.get(name, 0)
+    flops, grads, peak, rate = 3 * forward_flops(net), [torch.randn_like(p) for p in net.parameters()], PEAK.get(name, 0), {}
     def step():
         for p, g in zip(net.parameters(), grads):
             p.grad = g
         update(net, ema, opt, cfg.ema)
     with tempfile.TemporaryDirectory() as tmp, autocast(cfg, device):
-        z, n, rate = torch.randn(2048, 128, 16, 16), 8192 if cuda else 1024, {}
+        z, n = torch.randn(2048, 128, 16, 16), 8192 if cuda else 1024
         save_shard(Path(tmp, "latents_00000.safetensors"), z, z, torch.arange(2048) % 1000, classes=1000)
         loader = batches(LatentDataset(tmp), cfg, ((s, 0) for s in range(10**9)), device)
-        loading, update_ms = 8 * b / seconds(lambda: [next(loader) for _ in range(8)]), 1000 * seconds(step)
+        loading, update_ms = 8 * b / median(lambda: [next(loader) for _ in range(8)]), 1000 * median(step)
         a = torch.randn(n, n, device=device) @ torch.randn(n, n, device=device)         # in the precision of training
-        wall = 2 * n ** 3 / seconds(lambda: a @ a)
+        wall = 2 * n ** 3 / median(lambda: a @ a)
         for mode in ["off"] + ["on"] * (compiled(step, cfg, device) is not step):
             run = train(replace(cfg, data=tmp, out=f"{tmp}/{mode}", compile=mode))
             rows = [json.loads(line) for line in open(run / "log.jsonl")][1:]           # the first waited for the compiler
             rate[mode] = best = np.median([row["images_per_s"] for row in rows])
         net = compiled(load_network(run)[0].to(device), cfg, device)
-        guided, plain = (b / seconds(lambda: generate(net, torch.arange(b), 0, replace(cfg, cfg=w), device)) for w in (cfg.cfg, 1.0))
+        guided, plain = (b / median(lambda: generate(net, torch.arange(b), 0, replace(cfg, cfg=w), device)) for w in (cfg.cfg, 1.0))
     print(f"\nJLT-{cfg.model}, {flops / 3e9:.2f} GFLOP forward, micro-batch {b} of {cfg.batch}; {name}, torch {torch.__version__}\n"
           f"training  {best:,.1f} images/s, {1000 * cfg.batch / best:,.0f} ms a step, {best / rate['off']:.2f} x eager; {update_ms:.1f} ms "
           f"of it clip, AdamW and EMA\n          {best * flops / 1e12:.2f} TFLOP/s, {best * flops / wall:.0%} of what large products "
@@ -704,8 +665,8 @@ def bench(cfg):
           f"sampling  {guided:.2f} images/s guided, {plain:.2f} not, {cfg.sample_steps} steps")
     if paper.vae:
         vae, x = load_vae(paper.vae, device), torch.rand(32 if cuda else 2, 3, 256, 256)
-        print(f"VAE       {len(x) / seconds(lambda: encode(vae, x)):.1f} images/s encoded, "
-              f"{len(x) / seconds(lambda: pictures(vae, z[:len(x)])):.1f} decoded, at 256 x 256")
+        print(f"VAE       {len(x) / median(lambda: encode(vae, x)):.1f} images/s encoded, "
+              f"{len(x) / median(lambda: pictures(vae, z[:len(x)])):.1f} decoded, at 256 x 256")
     print(f"On this machine {paper.steps:,} steps of {paper.batch:,} images take {paper.steps * paper.batch / best / 3600:,.1f} hours, "
           f"50,000 guided samples {50_000 / guided / 60:,.1f} minutes.")
 

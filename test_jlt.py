@@ -1121,9 +1121,9 @@ def test_gaussian_formulas_against_their_definitions():
     assert jlt.gaussian_gain(0.0, 0.25) == pytest.approx((0, -1 / 0.75))
     for n in (1, 7):                                  # n equal directions among zeros
         lam = torch.cat([torch.full((n,), 3.0), torch.zeros(5)])
-        assert jlt.effective_rank(lam) == pytest.approx(n) and jlt.participation_ratio(lam) == pytest.approx(n)
+        assert jlt.effective_rank(lam) == pytest.approx(n) and jlt.effective_rank(lam, 2) == pytest.approx(n)
     assert jlt.effective_rank([3.0, 1.0]) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
-    assert jlt.participation_ratio([3.0, 1.0]) == pytest.approx(1.6)
+    assert jlt.effective_rank([3.0, 1.0], 2) == pytest.approx(1.6)
 
 def test_linear_probe_meets_the_gaussian_risk():
     g = torch.Generator().manual_seed(0)
@@ -1144,7 +1144,7 @@ def test_geometry_of_a_known_covariance(cli, tmp_path):
     assert status == 0 and "9,600 tokens of 8 dimensions" in out
     for target, spectrum in {"x": lam, "eps": torch.ones(8), "v": lam + 1}.items():
         assert float(rows[target][1]) == pytest.approx(jlt.effective_rank(spectrum), rel=0.03)
-        assert float(rows[target][2]) == pytest.approx(jlt.participation_ratio(spectrum), rel=0.04)
+        assert float(rows[target][2]) == pytest.approx(jlt.effective_rank(spectrum, 2), rel=0.04)
     assert float(rows["0.5"][1]) == pytest.approx(jlt.gaussian_risk(lam, 0.5)["x"], rel=0.05)
     assert float(rows["0.5"][4]) == pytest.approx(jlt.gaussian_risk(lam, 0.5)["x"], rel=0.1)
     with Image.open(tmp_path / "g.png") as picture:

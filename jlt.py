@@ -41,8 +41,7 @@ MODELS = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}   # dep
 class Config:
     """The paper's run (section 4.1, JLT-B/1). Every field is a flag: sample_steps is --sample-steps."""
     target: str = flag("x", "predicts x: the clean latent; eps: the noise; v: the velocity", choices=("x", "eps", "v"))
-    # model; 0: as its name says
-    model: str = flag("B/1", "size, a slash, patch size", choices=[f"{m}/{p}" for m in MODELS for p in (1, 2)])
+    model: str = flag("B/1", "size, a slash, patch size; a 0 below: as this says", choices=[f"{m}/{p}" for m in MODELS for p in (1, 2)])
     depth: int = flag(0, "number of blocks", 0)
     hidden_size: int = flag(0, "width", 0)
     num_heads: int = flag(0, "attention heads (of about 64 channels, if the width is given)", 0)
@@ -83,9 +82,8 @@ class Config:
         need(self.interval[0] < self.interval[1], f"--interval {self.interval}: low must be below high")
         need(self.logit_t[1] >= 0, f"--logit-t {self.logit_t}: a standard deviation is not negative")
 
-# What may differ when a run is continued, because the weights stay what they would have been.
 SAMPLING = {"out", "vae", "device", "compile", "sample_steps", "cfg", "interval"}
-FREE = SAMPLING | {"steps", "log_every", "save_every", "sample_every"}
+FREE = SAMPLING | {"steps", "log_every", "save_every", "sample_every"}    # may change in a run: its weights stay the same
 
 def resolve(cfg):
     """Config with the derived values filled in."""
@@ -260,9 +258,8 @@ def sample(net, y, noise, target="x", steps=50, cfg=2.9, interval=(0.1, 1.0), me
     """Integrates dz/dt = v from noise (B, C, H, W) at t = 0 to latents at t = 1, for classes y (B,).
     method: "heun" (second order; the last step is Euler's) or "euler". Where guidance is off (cfg = 1, or t
     outside the open interval; low = 0 includes t = 0) the unconditional pass is not computed."""
-    low, high = interval
     def guided(z, t):
-        on = cfg != 1 and (low < t or low == 0) and t < high
+        on = cfg != 1 and (interval[0] < t or interval[0] == 0) and t < interval[1]
         zz, yy = (torch.cat([z, z]), torch.cat([y, torch.full_like(y, net.num_classes)])) if on else (z, y)
         tt = torch.full((len(zz),), t, device=z.device, dtype=z.dtype)
         v, *v_u = velocity(net(zz, tt, yy), zz, tt, target, t_eps).to(z.dtype).split(len(z))    # float32, also of bf16
@@ -301,8 +298,7 @@ def draws(cfg, step, m, x, y, num_classes):
     g = rng(NOISE, cfg.seed, step, m, device=x.device)
     t = torch.sigmoid(torch.randn(len(x), generator=g, device=x.device) * cfg.logit_t[1] + cfg.logit_t[0])
     eps = torch.randn(x.shape, generator=g, device=x.device)
-    drop = torch.rand(len(x), generator=g, device=x.device) < cfg.label_drop
-    return t, eps, torch.where(drop, num_classes, y)
+    return t, eps, torch.where(torch.rand(len(x), generator=g, device=x.device) < cfg.label_drop, num_classes, y)
 
 # ================================================================ checkpoints
 def load_file(path):
@@ -329,8 +325,7 @@ def load_network(path):
         heads, classes = width // len(weights["blocks.0.attn.q_norm.weight"]), len(weights["y_embedder.embedding_table.weight"]) - 1
         net = JLT(grid, stem.shape[2], stem.shape[1], width, depth, heads, classes, len(stem) if len(stem) != width else 0)
         net.load_state_dict(weights)
-    print(f"{path}: " + (f"published weights, first EMA (model_ema1), args.flow_matching {known['target']!r}" if published else
-                         f"{known['target']}-prediction, EMA of step {state['step']:,}"))
+    print(f"{path}: {known['target']}-prediction,", "first EMA (model_ema1)" if published else f"EMA of step {state['step']:,}")
     return net.eval().requires_grad_(False), known
 
 # ================================================================ samples
@@ -362,7 +357,6 @@ def sample_command(checkpoint, classes, n, given):
     digest = hashlib.sha256(made_by + b"".join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest()[:12]
     parts, net = out.with_name(f".tmp.{out.name}.{digest}"), compiled(net.to(device), cfg, device)
     files = {first: parts / f"{first:09d}.npy" for first in range(0, len(labels), micro)}
-    print(f"{cfg.target}-prediction, {cfg.sample_steps} Heun steps, guidance {cfg.cfg} on {cfg.interval}, seed {cfg.seed}")
     for first in tqdm(list(files)[RANK::WORLD], unit=f"x {micro} images", disable=RANK > 0):
         if not files[first].exists():
             parts.mkdir(parents=True, exist_ok=True)
@@ -377,16 +371,15 @@ def sample_command(checkpoint, classes, n, given):
     images = [np.load(path, mmap_mode="r") for path in files.values()]    # (B, H, W, 3) each
     if n:
         header = {"descr": "|u1", "fortran_order": False, "shape": (n, *images[0].shape[1:])}
-        arr_0 = zipfile.ZipInfo("arr_0.npy")
-        with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(arr_0, "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, header)
+        with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
+            np.lib.format.write_array_header_1_0(f, header)
             for part in images:
-                file.write(part)
+                f.write(part)
     else:
         rows = max(d for d in range(1, math.isqrt(len(labels)) + 1) if len(labels) % d == 0)      # as square as it gets
         save_grid(out, torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), len(labels) // rows)
     shutil.rmtree(parts)
-    print(f"wrote {out}")
+    print(f"wrote {out}: {cfg.target}-prediction, {cfg.sample_steps} Heun steps, guidance {cfg.cfg} on {cfg.interval}, seed {cfg.seed}")
 
 # ================================================================ training
 PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}    # dense bf16, datasheets
@@ -450,6 +443,7 @@ def train(cfg):
     loss_fn, flops = compiled(flow_loss, cfg, device), 3 * forward_flops(net)           # a backward pass costs two forward ones
     warmup = max(1, round(cfg.warmup_epochs * len(data) / cfg.batch))
     peak = WORLD * PEAK.get(torch.cuda.get_device_name(device), 0) if device.type == "cuda" else 0
+    device.type == "cuda" and torch.cuda.reset_peak_memory_stats(device)
     stream = batches(data, cfg, ((s, m) for s in range(start, cfg.steps) for m in range(RANK, micros, WORLD)), device)
     recent, bins, clock, caught, step = [], torch.zeros(2, 10, device=device), time.perf_counter(), [], start
     handler = lambda s, _: (caught.append(s), signal.signal(s, signal.SIG_DFL))         # first: end this step; second: at once
@@ -615,7 +609,6 @@ def demo(given):
         return f"{name:12} {loss:>6} {pooled:15.2f} {learned:17.1f} {low(latents) / low(z_real):17.2f} {accuracy(images):13.1%}"
     reference, z_real = spaces(real[:n]), encode(codec, real[n:] / 127.5 - 1)
     table, shown = [row("real", real[n:], z_real), row("real, coded", pictures(codec, z_real), z_real)], [real[:20]]
-    print(f"the judge reads {accuracy(real):.1%} of the held-out digits right")
     for target in targets:
         run = train(replace(cfg, target=target, out=str(out / target)))
         loss = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
@@ -633,42 +626,49 @@ def demo(given):
 def bench(cfg):
     """--bench: how fast this machine trains, loads, samples and decodes, by the functions that do it, on random latents."""
     device, paper, cores = pick_device(cfg.device), cfg, torch.get_num_threads()
-    cuda, name = device.type == "cuda", torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cores} CPU threads"
+    cuda = device.type == "cuda" and torch.cuda.get_device_properties(device)
+    name = cuda.name if cuda else f"{cores} CPU threads"
     cfg = replace(cfg, micro_batch=cfg.micro_batch or (256 if cuda else 4), steps=20, log_every=5, sample_every=0, lr=1e-3,
                   warmup_epochs=0.0, ema=0.0)         # no weight stays zero: zeros multiply faster
     b, cfg = cfg.micro_batch, resolve(cfg if cuda else replace(cfg, batch=cfg.micro_batch))
     median = lambda work: Timer("work()", globals={"work": work}, num_threads=cores).blocked_autorange(min_run_time=1).median
-    net, ema, opt = build(cfg, (128, 16, 16), 1000, device)
-    flops, grads, peak, rate = 3 * forward_flops(net), [torch.randn_like(p) for p in net.parameters()], PEAK.get(name, 0), {}
-    def step():
-        for p, g in zip(net.parameters(), grads):
-            p.grad = g
-        update(net, ema, opt, cfg.ema)
-    with tempfile.TemporaryDirectory() as tmp, autocast(cfg, device):
-        z, n = torch.randn(2048, 128, 16, 16), 8192 if cuda else 1024
+    with tempfile.TemporaryDirectory() as tmp:
+        z, rate = torch.randn(2048, 128, 16, 16), {}
         save_shard(Path(tmp, "latents_00000.safetensors"), z, z, torch.arange(2048) % 1000, classes=1000)
-        loader = batches(LatentDataset(tmp), cfg, ((s, 0) for s in range(10**9)), device)
-        loading, update_ms = 8 * b / median(lambda: [next(loader) for _ in range(8)]), 1000 * median(step)
-        a = torch.randn(n, n, device=device) @ torch.randn(n, n, device=device)         # in the precision of training
-        wall = 2 * n ** 3 / median(lambda: a @ a)
-        for mode in ["off"] + ["on"] * (compiled(step, cfg, device) is not step):
+        for mode in ["off"] + ["on"] * (compiled(print, cfg, device) is not print):
             run = train(replace(cfg, data=tmp, out=f"{tmp}/{mode}", compile=mode))
             rows = [json.loads(line) for line in open(run / "log.jsonl")][1:]           # the first waited for the compiler
             rate[mode] = best = np.median([row["images_per_s"] for row in rows])
-        net = compiled(load_network(run)[0].to(device), cfg, device)
-        guided, plain = (b / median(lambda: generate(net, torch.arange(b), 0, replace(cfg, cfg=w), device)) for w in (cfg.cfg, 1.0))
-    print(f"\nJLT-{cfg.model}, {flops / 3e9:.2f} GFLOP forward, micro-batch {b} of {cfg.batch}; {name}, torch {torch.__version__}\n"
-          f"training  {best:,.1f} images/s, {1000 * cfg.batch / best:,.0f} ms a step, {best / rate['off']:.2f} x eager; {update_ms:.1f} ms "
-          f"of it clip, AdamW and EMA\n          {best * flops / 1e12:.2f} TFLOP/s, {best * flops / wall:.0%} of what large products "
-          f"reach here; MFU {best * flops / peak if peak else 0:.1%} ({f'of {peak / 1e12:.0f}' if peak else 'unknown device'}); peak "
-          f"{rows[-1]['gib']:.1f} GiB\nloading   {loading:,.0f} latents/s from cache to device, {loading / best:.1f} x what training eats\n"
-          f"sampling  {guided:.2f} images/s guided, {plain:.2f} not, {cfg.sample_steps} steps")
+        loader = batches(LatentDataset(tmp), cfg, ((s, 0) for s in range(10**9)), device)
+        loading = 8 * b / median(lambda: [next(loader) for _ in range(8)])
+        sampler = compiled(load_network(run)[0].to(device), cfg, device)
+    guided, plain = (b / median(lambda: generate(sampler, torch.arange(b), 0, replace(cfg, cfg=w), device)) for w in (cfg.cfg, 1.0))
+    net, ema, opt = build(cfg, (128, 16, 16), 1000, device)
+    flops, peak, gib, opt.zero_grad = 3 * best * forward_flops(net), PEAK.get(name, 0), rows[-1]["gib"], lambda: None
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)                  # stays, without zero_grad
+    params = sum(p.numel() for p in net.parameters())
+    state = 20 * params / 2**30                       # GiB of weights, gradient, EMA and AdamW's two
+    with autocast(cfg, device):
+        a = torch.randn(2, *2 * [8192 if cuda else 1024], device=device)
+        a = a @ a                                     # in the precision of training
+        wall = 2 * a.shape[1] ** 3 / median(lambda: a[0] @ a[1])
+    report = {
+        "model": f"{params:,} parameters, micro-batch {b} of {cfg.batch}; {name}, torch {torch.__version__}",
+        "training": f"{best:,.1f} images/s, {1000 * cfg.batch / best:,.0f} ms a step, {best / rate['off']:.2f} x eager",
+        "memory": f"peak {gib:.1f} GiB; passes of {b * (cuda.total_memory / 2**30 - state) / (gib - state):,.0f} fit" if cuda else "-",
+        "arithmetic": f"{flops / 1e12:.2f} TFLOP/s: {flops / wall:.0%} of large products here, MFU "
+                      + (f"{flops / peak:.1%} of {peak / 1e12:.0f}" if peak else "0 (rate of this device unknown)"),
+        "update": f"{1000 * median(lambda: update(net, ema, opt, cfg.ema)):.1f} ms a step for clipping, AdamW and EMA",
+        "loading": f"{loading:,.0f} latents/s from a cache to the device, {loading / best:.1f} x what training takes",
+        "sampling": f"{guided:.2f} images/s guided, {plain:.2f} not, {cfg.sample_steps} Heun steps"}
     if paper.vae:
         vae, x = load_vae(paper.vae, device), torch.rand(32 if cuda else 2, 3, 256, 256)
-        print(f"VAE       {len(x) / median(lambda: encode(vae, x)):.1f} images/s encoded, "
-              f"{len(x) / median(lambda: pictures(vae, z[:len(x)])):.1f} decoded, at 256 x 256")
-    print(f"On this machine {paper.steps:,} steps of {paper.batch:,} images take {paper.steps * paper.batch / best / 3600:,.1f} hours, "
-          f"50,000 guided samples {50_000 / guided / 60:,.1f} minutes.")
+        decoding = len(x) / median(lambda: pictures(vae, z[:len(x)]))
+        report["VAE"] = f"{len(x) / median(lambda: encode(vae, x)):.1f} images/s encoded, {decoding:.1f} decoded, at 256 x 256"
+    report["in all"] = (f"{paper.steps:,} steps of {paper.batch:,} images take {paper.steps * paper.batch / best / 3600:,.1f} hours here, "
+                        f"50,000 guided samples {50_000 / guided / 60:,.1f} minutes")
+    print("", *(f"{what:12}{text}" for what, text in report.items()), sep="\n")
 
 # ================================================================ command line
 def main():

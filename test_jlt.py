@@ -1196,3 +1196,36 @@ def test_demo_in_small(cli, tmp_path, monkeypatch):
 def test_digit_judge_learns():
     judge, (images, labels) = encode.digit_judge(*encode.draw_digits(1000, seed=1), steps=60), encode.draw_digits(500, seed=2)
     assert (judge(images / 127.5 - 1).argmax(1) == labels).float().mean() > 0.9
+
+# ---------------------------------------------------------------- the benchmark
+class OnceTimer:
+    """torch's Timer without the patience: one call."""
+    def __init__(self, stmt, globals, num_threads):
+        self.work = globals["work"]
+    def blocked_autorange(self, min_run_time):
+        start = time.perf_counter()
+        self.work()
+        return Namespace(median=time.perf_counter() - start)
+
+def test_benchmark_reports_what_it_measured(cli, vae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jlt, "Timer", OnceTimer)
+    monkeypatch.setattr(torch, "randn", lambda *shape, randn=torch.randn, **k: randn(*((64,) + shape[1:] if shape[0] == 2048 else shape), **k))
+    monkeypatch.setattr(torch, "arange", lambda *a, arange=torch.arange, **k: arange(*((64,) if a == (2048,) else a), **k))
+    status, out, err = cli(jlt, "--bench", "--depth", 1, "--hidden-size", 32, "--micro-batch", 2, "--sample-steps", 2, "--vae", vae,
+                           "--device", "cpu", "--steps", 1000, "--batch", 16)
+    assert status == 0, err
+    row = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    number = lambda text: float(text.replace(",", ""))
+    rate, ms = map(number, re.search(r"([\d,.]+) images/s, ([\d,]+) ms a step", row["training"]).groups())
+    assert 2 / rate * 1000 == pytest.approx(ms, abs=1)                    # a step on the CPU is one micro-batch
+    with torch.device("meta"):
+        flops = 3 * jlt.forward_flops(jlt.JLT(hidden_size=32, depth=1, num_heads=1))
+    assert number(re.search(r"([\d.]+) TFLOP/s", row["arithmetic"])[1]) == pytest.approx(rate * flops / 1e12, abs=0.006)
+    assert "MFU 0 (rate of this device unknown)" in row["arithmetic"]     # and never a wrong number
+    hours = number(re.search(r"take ([\d,.]+) hours", row["in"])[1])
+    assert "1,000 steps of 16 images" in row["in"] and hours == pytest.approx(16_000 / rate / 3600, abs=0.06)
+    guided, plain = map(number, re.search(r"([\d.]+) images/s guided, ([\d.]+) not", row["sampling"]).groups())
+    minutes = number(re.search(r"samples ([\d,.]+) minutes", row["in"])[1])
+    assert minutes == pytest.approx(50_000 / guided / 60, rel=0.02) and plain > 0
+    assert "images/s encoded" in row["VAE"] and "latents/s" in row["loading"] and not list(tmp_path.iterdir())

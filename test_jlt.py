@@ -24,7 +24,7 @@ TINY = "--depth 2 --hidden-size 32 --batch 8 --micro-batch 4 --device cpu".split
 def command(script, *args, processes=1, **kwargs):
     """A command line in a process of its own; torchrun where `processes` says so."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port",
-              str(20000 + os.getpid() % 10000)] if processes > 1 else []
+              str(20000 + os.getpid() % 10000), "--"] if processes > 1 else []
     return [sys.executable, *launch, str(HERE / script), *map(str, args)], dict(
         env=dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"), text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, **kwargs)
@@ -459,6 +459,8 @@ def test_a_run_is_never_continued_with_other_settings_or_overwritten(cli, tmp_pa
     refused(cli(*run, "--data", write_cache(tmp_path / "other", n=30)), "data", "30 latents")
     assert (out / "ckpt.pt").read_bytes() == good
     assert cli(*run, "--steps", 3, "--log-every", 1, "--save-every", 1, "--cfg", 1.5)[0] == 0
+    (log := out / "log.jsonl").write_text("half a li\n" + log.read_text())
+    refused(cli(*run), "log.jsonl", "damaged line")
     for damage in (good[:-700], good[:100], b"", b"just text", pickle.dumps({"a": 1})):
         (out / "ckpt.pt").write_bytes(damage)
         refused(cli(*run), "ckpt.pt")
@@ -539,6 +541,15 @@ def test_interrupted_sampling_continues(cli, released, vae, tmp_path, monkeypatc
     assert not (tmp_path / "cut.npz").exists()
     assert cli(*run, "--out", tmp_path / "cut.npz")[0] == 0
     assert calls == [0, 2, 2, 4] and (tmp_path / "cut.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+def test_two_processes_sample_what_one_does(released, vae, tmp_path):
+    run = ["--sample", released[0], "--vae", vae, "--sample-steps", 1, "--device", "cpu", "--micro-batch", 2]
+    for what, name in ((["--n", 5], "n.npz"), (["--classes", 4, 0, 0, 2], "c.png")):
+        for processes in (1, 2):
+            result = call("jlt.py", *run, *what, "--out", tmp_path / f"{processes}{name}", processes=processes)
+            assert result.returncode == 0 and result.stdout.count("wrote") == 1, result.stderr
+        assert (tmp_path / f"1{name}").read_bytes() == (tmp_path / f"2{name}").read_bytes()
+    assert not list(tmp_path.glob(".tmp*"))
 
 class Evil:
     def __reduce__(self):

@@ -304,6 +304,7 @@ def draws(cfg, step, m, x, y, num_classes):
 def load_file(path):
     """torch.load that runs no code from the file; argparse.Namespace is the one class it may name."""
     with torch.serialization.safe_globals([Namespace]), reading(path, "no checkpoint; give one, or the folder of a run"):
+        need(not (bad := zipfile.ZipFile(path).testzip()), f"{path}: {bad} is damaged")                 # torch would not tell
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         need(not foreign, f"{path}: names {', '.join(foreign)}, and no code is imported for a checkpoint")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -342,7 +343,7 @@ def pictures(vae, latents):                           # -> uint8 (N, 3, H, W) on
 def sample_command(checkpoint, classes, n, given):
     """--sample: one image of each of `classes` as a PNG without gaps, or n of all classes as an npz like ADM's: arr_0,
     uint8 (n, H, W, 3). Finished batches wait in a hidden folder: processes share the work, an interrupted run continues."""
-    need((classes is None) != (n is None) and n != 0, "--sample: say what, --classes 207 360 ... or --n 50000 (at least 1)")
+    need(bool(classes) != bool(n) and (n or 1) > 0, "--sample: say what, --classes 207 360 ... or --n 50000 (at least 1)")
     useless = given.keys() - SAMPLING - {"target", "t_eps", "seed", "micro_batch", "precision"}
     need(not useless, f"--{min(useless, default='').replace('_', '-')}: has no use with --sample; the checkpoint decides")
     cfg = Config(**given)
@@ -370,15 +371,14 @@ def sample_command(checkpoint, classes, n, given):
         time.sleep(1)                                 # for the other processes
     images = [np.load(path, mmap_mode="r") for path in files.values()]    # (B, H, W, 3) each
     if n:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (n, *images[0].shape[1:])}
         with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
-            np.lib.format.write_array_header_1_0(f, header)
-            for part in images:
-                f.write(part)
+            np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, *images[0].shape[1:])})
+            f.writelines(images)
+            shutil.rmtree(parts)                      # before `out` is there: a kill leaves nothing behind
     else:
         rows = max(d for d in range(1, math.isqrt(len(labels)) + 1) if len(labels) % d == 0)      # as square as it gets
         save_grid(out, torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), len(labels) // rows)
-    shutil.rmtree(parts)
+    shutil.rmtree(parts, ignore_errors=True)
     print(f"wrote {out}: {cfg.target}-prediction, {cfg.sample_steps} Heun steps, guidance {cfg.cfg} on {cfg.interval}, seed {cfg.seed}")
 
 # ================================================================ training

@@ -1240,3 +1240,120 @@ def test_benchmark_reports_what_it_measured(cli, vae, tmp_path, monkeypatch):
     minutes = number(re.search(r"samples ([\d,.]+) minutes", row["in"])[1])
     assert minutes == pytest.approx(50_000 / guided / 60, rel=0.02) and plain > 0
     assert "images/s encoded" in row["VAE"] and "latents/s" in row["loading"] and not list(tmp_path.iterdir())
+
+# ---------------------------------------------------------------- power cuts and hostile files
+@pytest.fixture(scope="module")
+def jobs(cache, released, score_files, vae, tmp_path_factory):
+    """name -> (script, arguments before --out or --save, that flag, name of what is written, seconds that a whole run takes, its result)."""
+    base, (_, encode_args, _) = tmp_path_factory.mktemp("jobs"), cache
+    train = [*TINY, "--data", write_cache(base / "data"), "--lr", 1e-3, "--steps", 60, "--save-every", 3, "--ema", 0.9, "--log-every", 7]
+    sampling = ["--sample", released[0], "--vae", vae, "--sample-steps", 40, "--device", "cpu", "--n", 24, "--micro-batch", 1]
+    plan = {"encode": ("encode.py", [*encode_args], "--out", "latents"), "train": ("jlt.py", train, "--out", "run"),
+            "sample": ("jlt.py", sampling, "--out", "samples.npz"),
+            "fid": ("fid.py", [score_files / "mixed", "--weights", score_files / "zip.pth"], "--save", "stats.npz")}
+    def whole(name):
+        script, args, flag, out = plan[name]
+        (base / name).mkdir()
+        start = time.time()
+        result = call(script, *args, flag, base / name / out)
+        assert result.returncode == 0, result.stderr
+        return script, args, flag, out, time.time() - start, outcome(name, base / name / out)
+    return whole
+
+def outcome(name, out):
+    """What a job has to end with, to the bit."""
+    if name == "encode":
+        return files_of(out)
+    if name == "train":
+        return {f"{part}.{k}": v.numpy().tobytes() for part in ("model", "ema") for k, v in weights_of(out, part).items()}
+    with np.load(out) as file:
+        return {k: file[k].tobytes() for k in file}
+
+@pytest.mark.parametrize("name, kills", [
+    *(pytest.param(name, 25, marks=pytest.mark.long) for name in ("encode", "train", "sample", "fid")), ("sample", 1)])
+def test_power_cuts(jobs, tmp_path, name, kills):
+    """Killed (-9) at random moments and run again, a job ends as if it had never been; nothing unfinished is ever seen."""
+    (script, args, flag, out, duration, expected), rng = jobs(name), np.random.default_rng(kills)
+    deaths, again = 0, [*args, flag, tmp_path / out]
+    while deaths < kills:
+        line, options = command(script, *again)
+        process = subprocess.Popen(line, **options, start_new_session=True)
+        try:
+            process.communicate(timeout=rng.uniform(0.3, 1.02) * duration)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            deaths += 1
+        visible = [p for p in tmp_path.rglob("*") if not any(part.startswith(".tmp") for part in p.parts)]
+        for path in (p for p in visible if p.is_file()):                  # whatever has its name is whole
+            path.suffix == ".safetensors" and encode.open_shard(path)
+            path.suffix == ".pt" and jlt.load_file(path)
+            path.suffix == ".npz" and outcome(name, path)
+            path.suffix == ".json" and json.loads(path.read_text())
+        if process.returncode == 0:                   # finished before it could be killed: from the start once more
+            import shutil
+            for path in tmp_path.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    result = call(script, *again)
+    assert result.returncode == 0, result.stderr
+    assert outcome(name, tmp_path / out) == expected and not [p for p in tmp_path.rglob(".tmp*")]
+
+@pytest.mark.parametrize("mutations", [40, pytest.param(600, marks=pytest.mark.long)])
+def test_damaged_files_are_read_right_or_refused(cache, trained, released, score_files, photos, tmp_path, mutations):
+    """Bytes flipped, cut off, doubled: every reader gives what the whole file would have given, or one line."""
+    shard, run = sorted(cache[0].glob("*.safetensors"))[0], trained[0] / "whole/ckpt.pt"
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048), n=5)
+    def tensors(path):
+        header, tensors = encode.open_shard(path)
+        return {k: v.shape for k, v in tensors.items()}                   # safetensors has no checksum of its data
+    readers = {shard: tensors, run: lambda p: [v.tolist() for v in jlt.load_network(p)[0].state_dict().values()],
+               released[0]: lambda p: [v.tolist() for v in jlt.load_network(p)[0].state_dict().values()],
+               tmp_path / "stats.npz": lambda p: [np.asarray(v).tolist() for v in fid.read_statistics(p)],
+               score_files / "equal.npz": lambda p: [image.tolist() if i else image for i, image in enumerate(fid.read_images(p))]}
+    rng, bad, refusals = np.random.default_rng(mutations), tmp_path / "bad", 0
+    for i in range(mutations):
+        path = list(readers)[i % len(readers)]
+        data = good = path.read_bytes()
+        a, b = sorted(rng.integers(0, min(len(good), 10 ** rng.integers(1, 8)), 2))
+        kind = ["flip", "cut", "double", "zero"][rng.integers(4)]
+        data = {"flip": good[:a] + bytes([good[a] ^ 1 << rng.integers(8)]) + good[a + 1:], "cut": good[:a] + good[b + 1:],
+                "double": good[:b] + good[a:], "zero": good[:a] + bytes(b - a) + good[b:]}[kind]
+        bad.write_bytes(data)
+        try:
+            got = readers[path](bad)
+        except encode.Stop as e:
+            refusals += 1
+            assert len(e.args[0].splitlines()) <= 3 and str(bad) in e.args[0]
+        else:
+            assert data == good or got == readers[path](path), (path, kind, a, b)
+    assert refusals > mutations / 3
+
+def test_strange_folders(vae, cli, tmp_path):
+    """A loop of links, thousands of empty classes, names that are no text, a picture too large to be true."""
+    root = tmp_path / "photos"
+    for i in range(3000):
+        (root / f"empty_{i:04}").mkdir(parents=True)
+    (root / "a").mkdir()
+    (root / "a/loop").symlink_to(root)
+    with open(os.fsencode(root) + b"/a/\xff\xfe\n.png", "wb") as file:
+        Image.new("RGB", (20, 20), "red").save(file, "PNG")
+    bomb = Image.new("1", (20_000, 20_000))           # 400 million pixels in 50 kB: Pillow's limit is kept
+    bomb.save(root / "a/bomb.png")
+    status, out, err = cli(encode, root, "--vae", vae, "--size", 16, "--workers", 1, "--device", "cpu", "--out", tmp_path / "latents")
+    assert status == 0 and "1 files skipped" in out and "decompression bomb" in err and "Traceback" not in err
+    data = encode.LatentDataset(tmp_path / "latents")
+    assert len(data) == 1 and data.num_classes == 3001
+
+def test_lying_headers_and_unfinished_caches(cli, tmp_path):
+    header = json.dumps({"latents": {"dtype": "F16", "shape": [10 ** 9, 8, 4, 4], "data_offsets": [0, 64]},
+                         "labels": {"dtype": "I32", "shape": [1], "data_offsets": [64, 68]}}).encode()
+    (tmp_path / "lie").mkdir()
+    (tmp_path / "lie/latents_00000.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(68))
+    refused(cli(jlt, *TINY, "--data", tmp_path / "lie"), "latents_00000", status=1)
+    (tmp_path / "huge").mkdir()
+    (tmp_path / "huge/latents_00000.safetensors").write_bytes((2 ** 62).to_bytes(8, "little") + header)
+    refused(cli(jlt, *TINY, "--data", tmp_path / "huge"), "latents_00000", status=1)
+    growing = tmp_path / "growing"                    # encode.py is still writing: its first shard says how many there will be
+    growing.mkdir()
+    encode.save_shard(growing / "latents_00000.safetensors", *torch.zeros(2, 4, 8, 4, 4), torch.zeros(4), shards=3, classes=1)
+    refused(cli(jlt, *TINY, "--data", growing), "1 of 3 shards")

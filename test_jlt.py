@@ -386,6 +386,22 @@ def test_first_step_is_exactly_adamw_with_warmup_clipping_and_ema(cli, tmp_path)
     assert log[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert log[0]["loss"] == pytest.approx(sum(v or 0 for v in log[0]["loss_by_t"]), rel=9)     # bins are there
 
+def test_an_update_clips_at_norm_1_and_averages_afterwards():
+    cfg = jlt.resolve(jlt.Config(hidden_size=32, depth=1))
+    net, ema, opt = jlt.build(cfg, (8, 4, 4), 3, torch.device("cpu"))
+    for scale in (0.01, 100.0):                       # within the limit, and far beyond it
+        moments = [opt.state[p].get("exp_avg", torch.zeros(())).clone() for p in net.parameters()]
+        old = [a.clone() for a in ema.parameters()]
+        grads = [torch.randn_like(p) * scale / 100 for p in net.parameters()]
+        for p, g in zip(net.parameters(), grads):
+            p.grad = g.clone()
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        assert (norm < 1) == (scale < 1) and jlt.update(net, ema, opt, 0.75) == pytest.approx(norm.item(), rel=1e-4)
+        for p, a, b, g, m in zip(net.parameters(), ema.parameters(), old, grads, moments):
+            torch.testing.assert_close(opt.state[p]["exp_avg"], 0.9 * m + 0.1 * g / max(1, norm), rtol=1e-4, atol=1e-8)
+            torch.testing.assert_close(a, 0.75 * b + 0.25 * p.detach(), rtol=1e-5, atol=1e-7)
+            assert p.grad is None and not a.requires_grad
+
 def test_both_targets_start_from_the_same_weights(cli, tmp_path):
     cache = write_cache(tmp_path / "cache")
     for target in ("x", "v"):

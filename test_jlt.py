@@ -390,15 +390,17 @@ def test_an_update_clips_at_norm_1_and_averages_afterwards():
     cfg = jlt.resolve(jlt.Config(hidden_size=32, depth=1))
     net, ema, opt = jlt.build(cfg, (8, 4, 4), 3, torch.device("cpu"))
     for scale in (0.01, 100.0):                       # within the limit, and far beyond it
-        moments = [opt.state[p].get("exp_avg", torch.zeros(())).clone() for p in net.parameters()]
+        moments = [[opt.state[p].get(k, torch.zeros(())).clone() for k in ("exp_avg", "exp_avg_sq")] for p in net.parameters()]
         old = [a.clone() for a in ema.parameters()]
         grads = [torch.randn_like(p) * scale / 100 for p in net.parameters()]
         for p, g in zip(net.parameters(), grads):
             p.grad = g.clone()
         norm = torch.cat([g.flatten() for g in grads]).norm()
         assert (norm < 1) == (scale < 1) and jlt.update(net, ema, opt, 0.75) == pytest.approx(norm.item(), rel=1e-4)
-        for p, a, b, g, m in zip(net.parameters(), ema.parameters(), old, grads, moments):
-            torch.testing.assert_close(opt.state[p]["exp_avg"], 0.9 * m + 0.1 * g / max(1, norm), rtol=1e-4, atol=1e-8)
+        for p, a, b, g, (m, v) in zip(net.parameters(), ema.parameters(), old, grads, moments):
+            g = g / max(1, norm)
+            torch.testing.assert_close(opt.state[p]["exp_avg"], 0.9 * m + 0.1 * g, rtol=1e-4, atol=1e-8)
+            torch.testing.assert_close(opt.state[p]["exp_avg_sq"], 0.95 * v + 0.05 * g * g, rtol=1e-4, atol=1e-12)
             torch.testing.assert_close(a, 0.75 * b + 0.25 * p.detach(), rtol=1e-5, atol=1e-7)
             assert p.grad is None and not a.requires_grad
 

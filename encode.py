@@ -102,7 +102,7 @@ def draw_digits(n, seed):
     random colour, thickness, shape, slant, rotation, size and position. A pixel is ink by its distance to the path."""
     g, labels = torch.Generator().manual_seed(seed), torch.arange(n) % 10
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)
-    paths = torch.tensor([[int(xy[0]) + 1j * int(xy[1]) for xy in (s.split() + 12 * [s[-2:]])[:12]] for s in STROKES])
+    paths = torch.tensor([[int(xy[0]) + 1j * int(xy[1]) for xy in (s.split() + 12 * [s[-2:]])[:12]] for s in STROKES])    # x + iy
     p = paths[labels] / 9 - (0.5 + 0.5j) + 0.012 * torch.complex(*torch.randn(2, n, 12, generator=g))    # (n, 12)
     p = 0.75 * p.real + uniform(-0.15, 0.15, 1) * p.imag + 1j * p.imag
     p = p * torch.polar(uniform(20, 24, 1), uniform(-0.12, 0.12, 1)) + torch.complex(*uniform(14.5, 17.5, 2, 1).unbind(1))
@@ -156,8 +156,8 @@ def open_shard(path):
     fault = f"{path}: no shard of latents (N, C, H, W) and labels (N,); delete it and encode again"
     with reading(path, fault, 1), safe_open(path, "pt") as file:
         shard = {key: file.get_tensor(key) for key in file.keys()}
-        n, _, _, _ = shape = shard["latents"].shape
-        need(shard["labels"].shape == (n,) and shard.get("latents_flip", shard["latents"]).shape == shape, fault, 1)
+        (n, _, h, w), y = (shape := shard["latents"].shape), shard["labels"]
+        need(h == w and y.shape == (n,) and not y.is_floating_point() and shard.get("latents_flip", shard["latents"]).shape == shape, fault, 1)
         return dict(json.loads((file.metadata() or {}).get("encode", "{}"))), shard
 
 class LatentDataset(Dataset):
@@ -167,15 +167,16 @@ class LatentDataset(Dataset):
         files = sorted(Path(folder).glob("latents_*.safetensors"))
         need(files, f"{folder}: holds no latents_*.safetensors; make them: python encode.py IMAGES --out {folder}")
         self.headers, self.shards = zip(*map(open_shard, files))
-        need(len(files) == (want := self.headers[0].get("shards", len(files))),
-             f"{folder}: {len(files)} of {want} shards; the same encode.py command finishes it")
+        there, want = [h.get("number", k) for k, h in enumerate(self.headers)], self.headers[0].get("shards", len(files))
+        need(there == [*range(want)], f"{folder}: {len(files)} of {want} shards; the same encode.py command finishes it")
         self.ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.labels = torch.cat([shard["labels"] for shard in self.shards]).long()
-        self.shape, *other = {tuple(shard["latents"].shape[1:]) for shard in self.shards}         # (C, H, W)
-        need(not other, f"{folder}: mixes latents {self.shape} and {other}; keep one cache in a folder")
+        kinds = {(tuple(s["latents"].shape[1:]), h.get("encoder"), h.get("files")) for s, h in zip(self.shards, self.headers)}
+        need(len(kinds) == 1, f"{folder}: mixes latents of different shape or origin {kinds}; keep one cache in a folder")
+        self.shape, *self.origin = kinds.pop()        # (C, H, W); digests of the encoder and of the file names
         low, high = map(int, self.labels.aminmax()) if len(self) else (-1, -1)
         self.num_classes = self.headers[0].get("classes", high + 1)
-        need(0 <= low <= high < self.num_classes, f"{folder}: labels ({low} to {high}) outside its {self.num_classes} classes")
+        need(0 <= low <= high < self.num_classes, f"{folder}: no latents, or labels ({low} to {high}) outside {self.num_classes} classes")
 
     def __len__(self):
         return len(self.labels)
@@ -237,7 +238,7 @@ def main():
     add("--vae", default=VAE, help="hub repository or folder of an AutoencoderKLFlux2 (%(default)s)")
     add("--size", default=256, type=int, help="side of the square crop in pixels (%(default)s)")
     add("--batch", default=32, type=int, help="images at a time, each encoded as it is and mirrored (%(default)s)")
-    add("--shard", default=1024, type=int, help="images in a file, the most that a kill can cost (%(default)s)")
+    add("--shard", default=1024, type=int, help="images in a file; a kill can cost two of them (%(default)s)")
     add("--workers", default=os.cpu_count(), type=int, help="processes that decode images (%(default)s)")
     add("--device", help="cuda, mps or cpu (the best there is)")
     args = parser.parse_args()
@@ -253,10 +254,9 @@ def main():
     shards = {out / f"latents_{k:05d}.safetensors": range(first, min(first + args.shard, n))
               for k, first in enumerate(range(0, n, args.shard))}
     out.mkdir(parents=True, exist_ok=True)
-    done = sorted(out.glob("latents_*.safetensors"))
-    for path in done:
-        was, _ = open_shard(path)
-        other = [f"{key} {was.get(key)}, now {value}" for key, value in origin.items() if was.get(key) != value]
+    for path in (done := sorted(out.glob("latents_*.safetensors"))):
+        (was, _), now = open_shard(path), origin | {"number": shards.get(path, range(0)).start // args.shard}
+        other = [f"{key} {was.get(key)}, now {now[key]}" for key in now if was.get(key) != now[key]]
         need(not other, f"{path}: of another origin ({'; '.join(other)}); give another --out")
     print(f"{out}: {n:,} files, {len(photos.classes)} classes; {len(done)} of {len(shards)} shards there already", file=sys.stderr)
     if RANK == 0:
@@ -264,7 +264,7 @@ def main():
         decoded = to_uint8(decode(vae, encode(vae, few / 127.5 - 1))).cpu()
         save_grid(out / "reconstructions.png", torch.stack([few, decoded], 1).flatten(0, 1), columns=2 if len(few) % 2 else 4)
     mine = {path: part for path, part in list(shards.items())[RANK::WORLD] if not path.exists()}
-    encode_shards(vae, photos, mine, args, {"vae": args.vae} | origin)
+    encode_shards(vae, photos, mine, args, {"vae": os.path.realpath(args.vae) if os.path.isdir(args.vae) else args.vae} | origin)
     if RANK == 0:                                     # waits for the other processes and completes the cache
         while not all(path.exists() for path in shards):
             time.sleep(1)

@@ -54,10 +54,11 @@ def run(main):
         line, status = "interrupted; what was finished is kept", 130
     except OSError as e:                              # disk full, no permission, a network drive gone
         line, status = f"{e.filename or 'a file'}: {e.strerror or e}; what was finished is kept", 1
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as e:          # torch's are RuntimeErrors
+        if not isinstance(e, MemoryError) and "memory" not in str(e):
+            raise
         line, status = "out of memory; lower --batch (encode.py, fid.py) or --micro-batch (jlt.py)", 1
-    if RANK == 0 or status == 1:                      # of what all processes say, one line is enough
-        print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {f'[rank {RANK}] ' * (RANK > 0)}{' '.join(line.split())}", file=sys.stderr)
     sys.exit(status)
 
 @contextmanager
@@ -245,8 +246,8 @@ def read_statistics(path):
         if "arr_0" in file and ref + "mu" not in file:
             return None
         mu, sigma = (file[ref + key].astype(np.float64) for key in ("mu", "sigma"))
-        need([mu.shape, sigma.shape] == [(2048,), (2048, 2048)] and np.isfinite(mu.sum() + sigma.sum()),
-             f"{path}: mu {mu.shape}, sigma {sigma.shape} should be finite (2048,), (2048, 2048)")
+        need([mu.shape, sigma.shape] == [(2048,), (2048, 2048)] and np.isfinite(mu.sum() + sigma.sum()) and sigma.trace() >= 0,
+             f"{path}: mu {mu.shape}, sigma {sigma.shape} should be finite (2048,), and a covariance (2048, 2048)")
         return mu, sigma, int(file["n"]) if "n" in file else None
 
 def extract(net, path, images, n):
@@ -268,10 +269,8 @@ def main():
     add("--save", type=Path, metavar="FILE", help="write the samples' mu, sigma and n: a reference for later")
     add("--weights", type=Path, metavar="FILE", help=f"a copy of {WEIGHTS} (else downloaded once, 96 MB)")
     args = parser.parse_args()
-
     # Everything is opened, and refused if need be, before the first image goes through the network.
-    need(not args.save or not args.save.exists() and os.access(args.save.parent, os.W_OK),
-         f"--save {args.save}: exists already, or its folder cannot be written")
+    need(not args.save or not args.save.exists() and os.access(args.save.parent, os.W_OK), f"--save {args.save}: exists, or no such folder")
     reference = read_statistics(args.reference) if args.reference and not args.reference.is_dir() else None
     paths = [args.samples] if reference or not args.reference else [args.samples, args.reference]
     sets = [(path, images, next(images)) for path in paths for images in [read_images(path)]]

@@ -32,11 +32,10 @@ from encode import (VAE, LatentDataset, cache_digits, decode, digit_judge, draw_
 from fid import PARSER, RANK, WORLD, Statistics, Stop, atomic, frechet_distance, need, reading, run
 
 # ================================================================ configuration
-def flag(default, help, low=-math.inf, high=math.inf, choices=None):      # a field with what its command-line flag needs
+def flag(default, help, low=-1e15, high=1e15, choices=None):             # a field with what its command-line flag needs
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 MODELS = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}   # depth, width, heads: the DiT family
-
 @dataclass(frozen=True)
 class Config:
     """The paper's run (section 4.1, JLT-B/1). Every field is a flag: sample_steps is --sample-steps."""
@@ -59,8 +58,7 @@ class Config:
     logit_t: tuple = flag((-0.8, 0.8), "t = sigmoid(n), n normal with this mean and standard deviation, for every target")
     t_eps: float = flag(0.05, "floor of the divisors 1 - t and t, in training and sampling", 1e-6, 1)
     seed: int = flag(0, "of weights, data order and noise", 0)
-    # sampling, files and machine
-    sample_steps: int = flag(50, "Heun steps", 1)
+    sample_steps: int = flag(50, "Heun steps", 1)     # from here on: sampling, files and machine
     cfg: float = flag(2.9, "guidance weight; 1: none, at half the cost")
     interval: tuple = flag((0.1, 1.0), "guidance is on where low < t < high", 0, 1)
     data: str = flag("latents", "folder that encode.py wrote")
@@ -75,14 +73,13 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value, (_, low, high, choices) = getattr(self, f.name), f.metadata.values()
-            numbers = [x for x in (value if f.type is tuple else (value,)) if f.type is not str]
-            need(value in (choices or (value,)) and all(math.isfinite(x) and low <= x <= high for x in numbers),
-                 f"--{f.name.replace('_', '-')} {value}: needs " + (" or ".join(choices or [f"finite numbers, {low} to {high}"])))
+            value, low, high, choices = getattr(self, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
+            good = value in choices if choices else f.type is str or all(low <= x <= high for x in np.ravel(value))
+            need(good, f"--{f.name.replace('_', '-')} {value}: needs {' or '.join(choices or [f'{low:g} to {high:g}'])}")
         need(self.interval[0] < self.interval[1], f"--interval {self.interval}: low must be below high")
         need(self.logit_t[1] >= 0, f"--logit-t {self.logit_t}: a standard deviation is not negative")
 
-SAMPLING = {"out", "vae", "device", "compile", "sample_steps", "cfg", "interval"}
+SAMPLING = {"out", "vae", "device", "compile", "sample_steps", "cfg", "interval"}         # --sample takes these and a few more
 FREE = SAMPLING | {"steps", "log_every", "save_every", "sample_every"}    # may change in a run: its weights stay the same
 
 def resolve(cfg):
@@ -107,7 +104,6 @@ def compiled(f, cfg, device):                         # for fixed shapes: each n
     return torch.compile(f, dynamic=False) if on else f
 
 ORDER, FLIPS, NOISE, SAMPLES = range(4)               # streams of random numbers
-
 def rng(stream, *key, device="cpu"):
     """A generator that is a function of integers such as (seed, step, micro-batch): resuming needs no state of it."""
     state = np.random.SeedSequence((stream, len(key), *key)).generate_state(1, np.uint64)
@@ -303,7 +299,7 @@ def draws(cfg, step, m, x, y, num_classes):
 # ================================================================ checkpoints
 def load_file(path):
     """torch.load that runs no code from the file; argparse.Namespace is the one class it may name."""
-    with torch.serialization.safe_globals([Namespace]), reading(path, "no checkpoint; give one, or the folder of a run"):
+    with torch.serialization.safe_globals([Namespace]), reading(path, "damaged, or no checkpoint"):
         need(not (bad := zipfile.ZipFile(path).testzip()), f"{path}: {bad} is damaged")                 # torch would not tell
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         need(not foreign, f"{path}: names {', '.join(foreign)}, and no code is imported for a checkpoint")
@@ -324,9 +320,9 @@ def load_network(path):
         stem = weights.get("x_embedder.proj.weight", weights.get("x_embedder.proj1.weight"))    # (D, C, p, p)
         width, depth = len(weights["t_embedder.mlp.2.bias"]), len({k.split(".")[1] for k in weights if k[:7] == "blocks."})
         heads, classes = width // len(weights["blocks.0.attn.q_norm.weight"]), len(weights["y_embedder.embedding_table.weight"]) - 1
-        net = JLT(grid, stem.shape[2], stem.shape[1], width, depth, heads, classes, len(stem) if len(stem) != width else 0)
+        net = JLT(grid, stem.shape[2], stem.shape[1], width, depth, heads, classes, len(stem) * ("x_embedder.proj1.weight" in weights))
         net.load_state_dict(weights)
-    print(f"{path}: {known['target']}-prediction,", "first EMA (model_ema1)" if published else f"EMA of step {state['step']:,}")
+        print(f"{path}: {known['target']}-prediction,", "first EMA (model_ema1)" if published else f"EMA of step {state['step']:,}")
     return net.eval().requires_grad_(False), known
 
 # ================================================================ samples
@@ -338,24 +334,27 @@ def generate(net, labels, first, cfg, device):
         return sample(net, labels.to(device), noise, cfg.target, cfg.sample_steps, cfg.cfg, cfg.interval, t_eps=cfg.t_eps)
 
 def pictures(vae, latents):                           # -> uint8 (N, 3, H, W) on the CPU
+    need(latents.isfinite().all(), "the sampled latents are not finite: damaged weights, or too large a --cfg", 1)
     return torch.cat([to_uint8(decode(vae, z)).cpu() for z in latents.split(32)])
 
 def sample_command(checkpoint, classes, n, given):
     """--sample: one image of each of `classes` as a PNG without gaps, or n of all classes as an npz like ADM's: arr_0,
     uint8 (n, H, W, 3). Finished batches wait in a hidden folder: processes share the work, an interrupted run continues."""
-    need(bool(classes) != bool(n) and (n or 1) > 0, "--sample: say what, --classes 207 360 ... or --n 50000 (at least 1)")
+    need(bool(classes) != bool(n) and 0 < (n or 1) < 10**9, "--sample: say what, --classes 207 360 ... or --n 50000 (at least 1)")
     useless = given.keys() - SAMPLING - {"target", "t_eps", "seed", "micro_batch", "precision"}
     need(not useless, f"--{min(useless, default='').replace('_', '-')}: has no use with --sample; the checkpoint decides")
     cfg = Config(**given)
     device, out = pick_device(cfg.device), Path(cfg.out or ("samples.npz" if n else "samples.png"))
     need(not out.exists() and out.parent.is_dir(), f"{out}: exists, or its folder does not; give another --out")
     net, known = load_network(checkpoint)
+    need(given.get("target") in (None, known["target"]) or known["target"] not in ("x", "eps", "v"), "--target: it has its own")
     cfg = replace(cfg, **{k: v for k, v in known.items() if k not in given})
+    need(n or 0 <= min(classes) <= max(classes) < net.num_classes, f"--classes: it has classes 0 to {net.num_classes - 1}")
     labels = torch.arange(n) % net.num_classes if n else torch.tensor(classes)
-    need(0 <= labels.min() <= labels.max() < net.num_classes, f"--classes: it has classes 0 to {net.num_classes - 1}")
+    WORLD > 1 and dist.init_process_group("gloo")     # waits for all processes
     vae, micro = load_vae(cfg.vae, device), min(len(labels), cfg.micro_batch or 256)
-    made_by = repr((micro, labels.tolist(), cfg.target, cfg.t_eps, cfg.sample_steps, cfg.cfg, cfg.interval, cfg.seed)).encode()
-    digest = hashlib.sha256(made_by + b"".join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest()[:12]
+    made_by = repr((micro, labels.tolist(), replace(cfg, out="", device="", compile="auto")))     # what makes the pixels
+    digest = hashlib.sha256(made_by.encode() + b"".join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest()[:12]
     parts, net = out.with_name(f".tmp.{out.name}.{digest}"), compiled(net.to(device), cfg, device)
     files = {first: parts / f"{first:09d}.npy" for first in range(0, len(labels), micro)}
     for first in tqdm(list(files)[RANK::WORLD], unit=f"x {micro} images", disable=RANK > 0):
@@ -365,25 +364,23 @@ def sample_command(checkpoint, classes, n, given):
             images = pictures(vae, generate(net, y, first, cfg, device))[:len(labels) - first].permute(0, 2, 3, 1)
             with atomic(files[first]) as tmp, open(tmp, "wb") as file:
                 np.save(file, images.contiguous().numpy())
+    WORLD > 1 and (dist.barrier(), dist.destroy_process_group())
     if RANK:
         return
-    while not all(path.exists() for path in files.values()):
-        time.sleep(1)                                 # for the other processes
-    images = [np.load(path, mmap_mode="r") for path in files.values()]    # (B, H, W, 3) each
+    shape, images = np.load(files[0]).shape[1:], (np.load(path) for path in files.values())       # (H, W, 3); (B, H, W, 3) each
     if n:
         with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
-            np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, *images[0].shape[1:])})
+            np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, *shape)})
             f.writelines(images)
             shutil.rmtree(parts)                      # before `out` is there: a kill leaves nothing behind
     else:
         rows = max(d for d in range(1, math.isqrt(len(labels)) + 1) if len(labels) % d == 0)      # as square as it gets
-        save_grid(out, torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), len(labels) // rows)
+        save_grid(out, torch.from_numpy(np.concatenate([*images])).permute(0, 3, 1, 2), len(labels) // rows)
     shutil.rmtree(parts, ignore_errors=True)
     print(f"wrote {out}: {cfg.target}-prediction, {cfg.sample_steps} Heun steps, guidance {cfg.cfg} on {cfg.interval}, seed {cfg.seed}")
 
 # ================================================================ training
 PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}    # dense bf16, datasheets
-
 def forward_flops(net):
     """FLOP of one image's forward pass."""
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
@@ -403,8 +400,7 @@ def update(net, ema, opt, decay):
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     opt.step()
     opt.zero_grad()
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    torch._foreach_lerp_([a.detach() for a in ema.parameters()], [p.detach() for p in net.parameters()], 1 - decay)
     return norm
 
 def train(cfg):
@@ -417,24 +413,27 @@ def train(cfg):
     total = dist.all_reduce if WORLD > 1 else lambda tensor: None         # a sum over the processes, in place
     net, ema, opt = build(cfg, data.shape, data.num_classes, device)
     path, log_file, start, stop, vae = out / "ckpt.pt", out / "log.jsonl", 0, 0, None
-    identity = f"{len(data)} latents {data.shape}, labels {hashlib.sha256(data.labels.numpy()).hexdigest()[:8]}"
+    made_of = data.labels.numpy().tobytes() + repr(data.origin).encode()
+    identity = f"{len(data):,} latents {data.shape} of {data.num_classes} classes (digest {hashlib.sha256(made_of).hexdigest()[:8]})"
     if path.exists():                                 # continue, if it was made with these settings and data
         state, new = load_file(path), asdict(cfg) | {"data": identity}
         with reading(path, "not a checkpoint of this program; give another --out"):
-            old = state["config"] | {"data": state["identity"]}
-        fixed = new.keys() - FREE | ({"steps"} if cfg.cooldown else set())              # a cool-down depends on where it ends
-        other = [f"{k} {old.get(k)} (now {new[k]})" for k in sorted(fixed) if old.get(k) != new[k]]
-        need(not other, f"{path}: made with other settings: {', '.join(other)}; give another --out")
-        for name, part in {"model": net, "ema": ema, "optimizer": opt}.items():
-            part.load_state_dict(state[name])
-        start = state["step"]
+            old, start = state["config"] | {"data": state["identity"]}, state["step"]
+            fixed = new.keys() - FREE | ({"steps"} if cfg.cooldown else set())          # a cool-down depends on where it ends
+            other = [f"{k} {old.get(k)} (now {new[k]})" for k in sorted(fixed) if old.get(k) != new[k]]
+            need(not other, f"{path}: made with other settings: {', '.join(other)}; give another --out")
+            for name, part in {"model": net, "ema": ema, "optimizer": opt}.items():
+                part.load_state_dict(state[name])
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
+        with reading(log_file, "a damaged line; delete the file, and the run goes on"):
+            lines = log_file.read_text().splitlines(True) if log_file.exists() else []
+            kept = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= start]   # the others come again
+        with atomic(log_file) as tmp:
+            tmp.write_text("".join(kept))
+        begin = f"continuing at step {start:,}" if start else "from the start" + ", for want of a ckpt.pt" * bool(lines)
         print(f"{out}: {cfg.target}-prediction, {sum(p.numel() for p in net.parameters()):,} parameters, {identity}, batch {micros} x "
-              f"{cfg.micro_batch} on {WORLD} x {device}{f', continuing at step {start:,}' * (start > 0)}", flush=True)
-        lines = log_file.read_text().splitlines(True) if log_file.exists() else []      # what comes again is cut off
-        with reading(log_file, "a damaged line; delete the file, and the run goes on"), atomic(log_file) as tmp:
-            tmp.write_text("".join(line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= start))
+              f"{cfg.micro_batch} on {WORLD} x {device}, {begin}", flush=True)
     if RANK == 0 and 0 < cfg.sample_every <= cfg.steps:
         try:
             vae = load_vae(cfg.vae, device)
@@ -471,8 +470,8 @@ def train(cfg):
             losses, norms = torch.stack(recent, 1)                        # (steps since the last line,) each
             total(losses), total(bins)
             good = (losses.isfinite() & norms.isfinite()).int()
-            need(good.all(), f"{out}: loss or gradient not finite at step {step - len(recent) + 1 + int(good.argmin()):,}; ckpt.pt is "
-                 "from before; try a lower --lr, or --precision fp32", 1)
+            need(good.all(), f"{out}: loss or gradient not finite at step {step - len(recent) + 1 + int(good.argmin()):,}; ckpt.pt, if any, "
+                 "is from before; try a lower --lr, or --precision fp32", 1)
             seconds = (time.perf_counter() - clock) / len(recent)
             row = {"step": step, "loss": losses.mean().item(), "grad_norm": norms.mean().item(), "lr": lr, "ms": 1000 * seconds,
                    "images_per_s": cfg.batch / seconds, "mfu": cfg.batch / seconds * flops / peak if peak else 0,
@@ -503,7 +502,7 @@ def train(cfg):
         signal.signal(s, before[s])
     WORLD > 1 and dist.destroy_process_group()
     need(not stop, f"{out}: stopped by a signal, saved at step {step:,}; the same command continues", 130)
-    print(f"{out}: {max(start, cfg.steps):,} steps done; see samples: python jlt.py --sample {out} --classes 0 1; a larger --steps goes on")
+    RANK or print(f"{out}: {max(start, cfg.steps):,} steps done; see samples: python jlt.py --sample {out} --classes 0 1; a larger --steps goes on")
     return out
 
 # ================================================================ target geometry (section 3.2, App. B and D)
@@ -560,6 +559,7 @@ def geometry(folder, cfg):
     folder or cache_digits(folder := Path("runs/digits"))
     data, p, out = LatentDataset(folder), resolve(cfg).patch_size, Path(cfg.out or "geometry.png")
     need(data.shape[1] % p == 0 and len(data) > 1, f"{folder}: {len(data)} latents {data.shape} have no {p} x {p} statistics")
+    need(out.parent.is_dir() and not (cfg.out and out.exists()), f"{out}: exists, or its folder does not; give another --out")
     rows = lambda index: tokens(torch.stack([data.item(i)[0] for i in index]), p)
     statistics = Statistics(data.shape[0] * p * p)
     for i in tqdm(range(0, len(data), 64), unit="x 64 latents"):
@@ -585,7 +585,7 @@ def geometry(folder, cfg):
 
 # ================================================================ the demo
 DEMO = {"hidden_size": 64, "depth": 3, "batch": 64, "steps": 1500, "lr": 3e-3, "cooldown": 1.0, "warmup_epochs": 0.3, "ema": 0.99,
-        "sample_steps": 25, "cfg": 1.5, "interval": (0.0, 1.0), "micro_batch": 64, "sample_every": 0, "log_every": 250}
+        "sample_steps": 25, "cfg": 1.5, "interval": (0.0, 1.0), "sample_every": 0, "log_every": 250}
 DEMO_IMAGES = 2000                                    # samples of each target, and digits to compare them with
 
 def demo(given):
@@ -610,9 +610,9 @@ def demo(given):
     reference, z_real = spaces(real[:n]), encode(codec, real[n:] / 127.5 - 1)
     table, shown = [row("real", real[n:], z_real), row("real, coded", pictures(codec, z_real), z_real)], [real[:20]]
     for target in targets:
-        run = train(replace(cfg, target=target, out=str(out / target)))
-        loss = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"]
-        net, _ = load_network(run)
+        folder = train(replace(cfg, target=target, out=str(out / target)))
+        loss = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["loss"]
+        net, _ = load_network(folder)
         z = generate(net.to(device), labels[:n], 0, replace(cfg, target=target), device).cpu()
         shown.append((images := pictures(codec, z))[:20])
         table.append(row(f"{target}-pred.", images, z, f"{loss:.3f}"))
@@ -636,19 +636,18 @@ def bench(cfg):
         z, rate = torch.randn(2048, 128, 16, 16), {}
         save_shard(Path(tmp, "latents_00000.safetensors"), z, z, torch.arange(2048) % 1000, classes=1000)
         for mode in ["off"] + ["on"] * (compiled(print, cfg, device) is not print):
-            run = train(replace(cfg, data=tmp, out=f"{tmp}/{mode}", compile=mode))
-            rows = [json.loads(line) for line in open(run / "log.jsonl")][1:]           # the first waited for the compiler
+            folder = train(replace(cfg, data=tmp, out=f"{tmp}/{mode}", compile=mode))
+            rows = [json.loads(line) for line in open(folder / "log.jsonl")][1:]           # the first waited for the compiler
             rate[mode] = best = np.median([row["images_per_s"] for row in rows])
         loader = batches(LatentDataset(tmp), cfg, ((s, 0) for s in range(10**9)), device)
         loading = 8 * b / median(lambda: [next(loader) for _ in range(8)])
-        sampler = compiled(load_network(run)[0].to(device), cfg, device)
-    guided, plain = (b / median(lambda: generate(sampler, torch.arange(b), 0, replace(cfg, cfg=w), device)) for w in (cfg.cfg, 1.0))
+        sampler = compiled(load_network(folder)[0].to(device), cfg, device)
+    guided, plain = (b / median(lambda: generate(sampler, torch.arange(b) % 1000, 0, replace(cfg, cfg=w), device)) for w in (cfg.cfg, 1.0))
     net, ema, opt = build(cfg, (128, 16, 16), 1000, device)
     flops, peak, gib, opt.zero_grad = 3 * best * forward_flops(net), PEAK.get(name, 0), rows[-1]["gib"], lambda: None
     for p in net.parameters():
         p.grad = torch.randn_like(p)                  # stays, without zero_grad
-    params = sum(p.numel() for p in net.parameters())
-    state = 20 * params / 2**30                       # GiB of weights, gradient, EMA and AdamW's two
+    params = sum(p.numel() for p in net.parameters()) # 20 bytes of memory each: weight, gradient, EMA and AdamW's two
     with autocast(cfg, device):
         a = torch.randn(2, *2 * [8192 if cuda else 1024], device=device)
         a = a @ a                                     # in the precision of training
@@ -656,7 +655,7 @@ def bench(cfg):
     report = {
         "model": f"{params:,} parameters, micro-batch {b} of {cfg.batch}; {name}, torch {torch.__version__}",
         "training": f"{best:,.1f} images/s, {1000 * cfg.batch / best:,.0f} ms a step, {best / rate['off']:.2f} x eager",
-        "memory": f"peak {gib:.1f} GiB; passes of {b * (cuda.total_memory / 2**30 - state) / (gib - state):,.0f} fit" if cuda else "-",
+        "memory": f"peak {gib:.1f} GiB; passes of {b * (cuda.total_memory - 20 * params) / (gib * 2**30 - 20 * params):,.0f} fit" if cuda else "-",
         "arithmetic": f"{flops / 1e12:.2f} TFLOP/s: {flops / wall:.0%} of large products here, MFU "
                       + (f"{flops / peak:.1%} of {peak / 1e12:.0f}" if peak else "0 (rate of this device unknown)"),
         "update": f"{1000 * median(lambda: update(net, ema, opt, cfg.ema)):.1f} ms a step for clipping, AdamW and EMA",
@@ -687,6 +686,7 @@ def main():
     given = {k: tuple(v) if k in ("interval", "logit_t") else v for k, v in vars(parser.parse_args()).items()}
     show, folder, speed, checkpoint, classes, n = (given.pop(k) for k in ("demo", "geometry", "bench", "sample", "classes", "n"))
     need(checkpoint is not None or classes is n is None, "--classes and --n go with --sample CKPT")
+    need(WORLD == 1 or not (show or speed or folder is not None), "--demo, --geometry and --bench are for one process")
     if checkpoint is not None:
         sample_command(checkpoint, classes, n, given)
     elif show:

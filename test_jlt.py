@@ -344,7 +344,7 @@ def test_every_epoch_shows_every_image_once_and_half_are_mirrored(tmp_path):
     seen = [keys[tuple(x.flatten()[:4].tolist())] for x in torch.cat(rows)]
     order = [i for i, _ in seen]
     assert all(sorted(order[e:e + n]) == list(range(n)) for e in range(0, 480, n)) and order[:n] != order[n:2 * n]
-    assert 190 < sum(f for _, f in seen) < 290
+    assert 190 < sum(f for _, f in seen) < 290 and len({tuple(f for _, f in seen[k:k + 4]) for k in range(0, 480, 4)}) > 10
     again = next(jlt.batches(data, cfg, iter(jobs[17:]), torch.device("cpu")))[0]                # no history needed
     assert torch.equal(again, rows[17])
 
@@ -477,6 +477,16 @@ def test_a_run_is_never_continued_with_other_settings_or_overwritten(cli, tmp_pa
     refused(cli(*run, "--data", write_cache(tmp_path / "other", n=30)), "data", "30 latents")
     assert (out / "ckpt.pt").read_bytes() == good
     assert cli(*run, "--steps", 3, "--log-every", 1, "--save-every", 1, "--cfg", 1.5)[0] == 0
+    recoded = write_cache(tmp_path / "recoded")       # the same pictures through another encoder
+    for folder, digest in ((recoded, "a"), (tmp_path / "mixed", "b")):
+        tensors = [load_file(recoded / "latents_00000.safetensors")[k] for k in ("latents", "latents_flip", "labels")]
+        encode.save_shard(write_cache(folder) / "latents_00000.safetensors", *tensors, encoder=digest, number=0, shards=1)
+    refused(cli(*run, "--data", recoded), "data", "digest")
+    encode.save_shard(recoded / "latents_00001.safetensors", *tensors, encoder="b", number=1, shards=2)
+    encode.save_shard(recoded / "latents_00000.safetensors", *tensors, encoder="a", number=0, shards=2)
+    refused(cli(*run, "--data", recoded), "mixes")
+    encode.save_shard(recoded / "latents_00001.safetensors", *tensors, encoder="a", number=0, shards=2)
+    refused(cli(*run, "--data", recoded), "2 of 2 shards")
     (log := out / "log.jsonl").write_text("half a li\n" + log.read_text())
     refused(cli(*run), "log.jsonl", "damaged line")
     for damage in (good[:-700], good[:100], b"", b"just text", pickle.dumps({"a": 1})):
@@ -495,6 +505,8 @@ def test_other_caches_are_read_or_refused(cli, tmp_path):
     bad = lambda name, **changes: write_cache(tmp_path / name, **changes)
     refused(cli(*run, "--data", bad("neg", labels=torch.full((24,), -1).int())), "labels (-1 to -1)")
     refused(cli(*run, "--data", bad("few", labels=torch.zeros(5).int())), "few", "encode", status=1)
+    refused(cli(*run, "--data", bad("half", labels=torch.full((24,), 0.5))), "half", status=1)
+    refused(cli(*run, "--data", bad("oblong", latents=torch.zeros(24, 8, 4, 2))), "oblong", status=1)
     refused(cli(*run, "--data", bad("flat", latents=torch.zeros(24, 8))), "flat", status=1)
     cut = bad("cut") / "latents_00000.safetensors"
     cut.write_bytes(cut.read_bytes()[:-10])
@@ -560,6 +572,39 @@ def test_interrupted_sampling_continues(cli, released, vae, tmp_path, monkeypatc
     assert cli(*run, "--out", tmp_path / "cut.npz")[0] == 0
     assert calls == [0, 2, 2, 4] and (tmp_path / "cut.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
+def test_what_would_sample_garbage_is_refused(cli, released, vae, tmp_path, monkeypatch):
+    run = [jlt, "--sample", released[0], "--vae", vae, "--sample-steps", 1, "--device", "cpu", "--out", tmp_path / "out.png"]
+    refused(cli(*run, "--target", "v", "--classes", 1), "--target")
+    refused(cli(*run, "--n", -5), "at least 1")
+    state = torch.load(released[0], weights_only=False)
+    state["model_ema1"]["net.final_layer.linear.bias"][:] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    run[2] = tmp_path / "nan.pth"
+    refused(cli(*run, "--classes", 1), "not finite", status=1)
+    assert not (tmp_path / "out.png").exists()
+
+def test_batches_of_another_decoder_are_not_reused(cli, released, vae, tmp_path, monkeypatch):
+    other = tmp_path / "other"                        # the same weights elsewhere: another --vae all the same
+    os.symlink(vae, other)
+    run = [jlt, "--sample", released[0], "--sample-steps", 1, "--device", "cpu", "--n", 4, "--micro-batch", 2, "--out", tmp_path / "s.npz"]
+    generate = jlt.generate
+    def one_batch(net, y, first, *rest):
+        if first:
+            raise OSError(28, "No space left on device", "samples")
+        return generate(net, y, first, *rest)
+    monkeypatch.setattr(jlt, "generate", one_batch)
+    refused(cli(*run, "--vae", vae), "No space", status=1)
+    seen = []
+    monkeypatch.setattr(jlt, "generate", lambda net, y, first, *rest: seen.append(first) or generate(net, y, first, *rest))
+    assert cli(*run, "--vae", other)[0] == 0 and seen == [0, 2]
+
+@pytest.mark.parametrize("bottleneck", [32, 4])
+def test_our_checkpoints_give_back_their_network(cli, tmp_path, bottleneck):
+    run = [jlt, *TINY, "--data", write_cache(tmp_path / "cache"), "--out", tmp_path / "run", "--steps", 1, "--bottleneck", bottleneck]
+    assert cli(*run)[0] == 0
+    net, known = jlt.load_network(tmp_path / "run")
+    assert same(net.state_dict(), weights_of(tmp_path / "run", "ema")) and known["target"] == "x"
+
 def test_two_processes_sample_what_one_does(released, vae, tmp_path):
     run = ["--sample", released[0], "--vae", vae, "--sample-steps", 1, "--device", "cpu", "--micro-batch", 2]
     for what, name in ((["--n", 5], "n.npz"), (["--classes", 4, 0, 0, 2], "c.png")):
@@ -595,6 +640,7 @@ def test_checkpoints_never_run_code(cli, released, tmp_path, monkeypatch):
     ("--model S/2", "--model"), ("--interval 0.9 0.1", "low"), ("--device tpu", "cpu"), ("--data nowhere", "encode.py"),
     ("--classes 3", "--sample"), ("--sample nowhere --n 3", "nowhere"), ("--sample . --n 3", "ckpt.pt"), ("--precision fp8", "--precision"),
     ("--logit-t 0 -1", "--logit-t"), ("--t-eps 0", "--t-eps"), ("--sample-steps 0", "--sample-steps"), ("--seed -1", "--seed"),
+    ("--seed 99999999999999999999999", "--seed"), ("--warmup-epochs 1e308", "--warmup"), ("--demo --bench", "not allowed"),
     ("--sample", "expected one argument"), ("--n 0 --sample x", "at least 1"), ("--label-drop 2", "--label-drop"), ("--out", "--out")])
 def test_mistakes_on_the_command_line(cli, tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)
@@ -1080,6 +1126,7 @@ BAD_REFERENCES = {
     "dino.npz": npz_of(mu=np.zeros(768), sigma=np.eye(768)),
     "nan.npz": npz_of(mu=np.full(2048, np.nan), sigma=SIGMA),
     "half.npz": npz_of(mu=np.zeros(2048)),
+    "negative.npz": npz_of(mu=np.zeros(2048), sigma=-SIGMA),
     "pickle.npz": npz_of(mu=np.array([PickledCode()], dtype=object), sigma=SIGMA),
     "empty_reference": lambda path: path.mkdir(),
 }
@@ -1178,7 +1225,8 @@ def test_geometry_of_a_known_covariance(cli, tmp_path):
     assert float(rows["0.5"][4]) == pytest.approx(jlt.gaussian_risk(lam, 0.5)["x"], rel=0.1)
     with Image.open(tmp_path / "g.png") as picture:
         assert len(picture.getcolors(100_000)) > 10
-    assert "32 dimensions" in cli(jlt, "--geometry", cache, "--model", "B/2", "--out", tmp_path / "g.png")[1]
+    assert "32 dimensions" in cli(jlt, "--geometry", cache, "--model", "B/2", "--out", tmp_path / "g2.png")[1]
+    refused(cli(jlt, "--geometry", cache, "--out", tmp_path / "g.png"), "g.png", "exists")
     refused(cli(jlt, "--geometry", tmp_path / "nowhere"), "nowhere")
 
 def test_tokens_are_patches():

@@ -635,7 +635,7 @@ def bench(cfg):
     with tempfile.TemporaryDirectory() as tmp:
         z, rate = torch.randn(2048, 128, 16, 16), {}
         save_shard(Path(tmp, "latents_00000.safetensors"), z, z, torch.arange(2048) % 1000, classes=1000)
-        for mode in ["off"] + ["on"] * (compiled(print, cfg, device) is not print):
+        for mode in ["off"] + ["on"] * (compiled(print, cfg, device) is not print):     # where nothing is compiled, f is f
             folder = train(replace(cfg, data=tmp, out=f"{tmp}/{mode}", compile=mode))
             rows = [json.loads(line) for line in open(folder / "log.jsonl")][1:]           # the first waited for the compiler
             rate[mode] = best = np.median([row["images_per_s"] for row in rows])

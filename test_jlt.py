@@ -724,7 +724,10 @@ def test_killed_encoding_ends_byte_identical_and_two_processes_share(cache, tmp_
     with pytest.raises(encode.Stop, match="of 5 shards"):
         encode.LatentDataset(tmp_path / "cut")
     result = call("encode.py", *args, "--out", tmp_path / "cut", processes=2)
-    assert result.returncode == 0 and "there already" in result.stderr, result.stderr
+    there = re.search(r"(\d) of 5 shards there already", result.stderr)
+    assert result.returncode == 0 and there, result.stderr
+    starts = re.findall(r"0%\|[^|]*\| 0/(\d+)", result.stderr)           # of the two processes' bars: they share the rest
+    assert len(starts) == 2 and sum(map(int, starts)) == 22 - 5 * int(there[1]), result.stderr
     assert files_of(tmp_path / "cut") == files_of(out)
 
 def test_encode_refuses_what_it_cannot_do(cache, photos, vae, cli, tmp_path):

@@ -706,7 +706,8 @@ def test_cache_holds_every_readable_picture_and_its_mirror_image(cache, photos, 
         torch.testing.assert_close(data.item(i, True)[0], encode.encode(model, x.flip(-1))[0], rtol=2e-3, atol=2e-3)
     with Image.open(out / "reconstructions.png") as sheet:
         assert sheet.size == (2 * 32, 7 * 32)             # seven pairs
-    assert np.asarray(encode.open_rgb(photos / "d_odd/deep.png")).std() > 40             # not clipped to white
+    deep = np.round(np.asarray(Image.open(photos / "d_odd/deep.png")) / 257)             # 65,535 is 255; not clipped to white
+    assert np.array_equal(np.asarray(encode.open_rgb(photos / "d_odd/deep.png"))[..., 1], deep) and deep.std() > 40
 
 def files_of(folder):
     return {p.name: p.read_bytes() for p in Path(folder).iterdir()}

@@ -69,7 +69,7 @@ def load_vae(name=VAE, device="cpu"):
         need(not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), f"--vae {name}: other weights")
     vae = vae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     for module in (vae.encoder, vae.decoder) if vae.device.type == "cuda" else ():      # vae.encode skips a compiled vae
-        module.compile()
+        module.compile(dynamic=False)
     return vae
 
 @torch.no_grad()
@@ -156,8 +156,8 @@ def open_shard(path):
     fault = f"{path}: no shard of latents (N, C, H, W) and labels (N,); delete it and encode again"
     with reading(path, fault, 1), safe_open(path, "pt") as file:
         shard = {key: file.get_tensor(key) for key in file.keys()}
-        (n, _, h, w), y = (shape := shard["latents"].shape), shard["labels"]
-        need(h == w and y.shape == (n,) and not y.is_floating_point() and shard.get("latents_flip", shard["latents"]).shape == shape, fault, 1)
+        (n, _, h, w), y, flipped = (x := shard["latents"]).shape, shard["labels"], shard.get("latents_flip", x)
+        need(h == w and flipped.shape == x.shape and y.shape == (n,) and not y.is_floating_point(), fault, 1)
         return dict(json.loads((file.metadata() or {}).get("encode", "{}"))), shard
 
 class LatentDataset(Dataset):
@@ -176,7 +176,7 @@ class LatentDataset(Dataset):
         self.shape, *self.origin = kinds.pop()        # (C, H, W); digests of the encoder and of the file names
         low, high = map(int, self.labels.aminmax()) if len(self) else (-1, -1)
         self.num_classes = self.headers[0].get("classes", high + 1)
-        need(0 <= low <= high < self.num_classes, f"{folder}: no latents, or labels ({low} to {high}) outside {self.num_classes} classes")
+        need(0 <= low <= high < self.num_classes, f"{folder}: labels ({low} to {high}) for {self.num_classes} classes, or no latents")
 
     def __len__(self):
         return len(self.labels)

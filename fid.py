@@ -270,7 +270,7 @@ def main():
     add("--weights", type=Path, metavar="FILE", help=f"a copy of {WEIGHTS} (else downloaded once, 96 MB)")
     args = parser.parse_args()
     # Everything is opened, and refused if need be, before the first image goes through the network.
-    need(not args.save or not args.save.exists() and os.access(args.save.parent, os.W_OK), f"--save {args.save}: exists, or no such folder")
+    need(not args.save or not args.save.exists() and os.access(args.save.parent, os.W_OK), f"--save {args.save}: no free name")
     reference = read_statistics(args.reference) if args.reference and not args.reference.is_dir() else None
     paths = [args.samples] if reference or not args.reference else [args.samples, args.reference]
     sets = [(path, images, next(images)) for path in paths for images in [read_images(path)]]

@@ -40,7 +40,7 @@ MODELS = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}   # dep
 class Config:
     """The paper's run (section 4.1, JLT-B/1). Every field is a flag: sample_steps is --sample-steps."""
     target: str = flag("x", "predicts x: the clean latent; eps: the noise; v: the velocity", choices=("x", "eps", "v"))
-    model: str = flag("B/1", "size, a slash, patch size; a 0 below: as this says", choices=[f"{m}/{p}" for m in MODELS for p in (1, 2)])
+    model: str = flag("B/1", "size/patch size; a 0 below: as this says", choices=[f"{m}/{p}" for m in MODELS for p in (1, 2)])
     depth: int = flag(0, "number of blocks", 0)
     hidden_size: int = flag(0, "width", 0)
     num_heads: int = flag(0, "attention heads (of about 64 channels, if the width is given)", 0)
@@ -470,8 +470,8 @@ def train(cfg):
             losses, norms = torch.stack(recent, 1)                        # (steps since the last line,) each
             total(losses), total(bins)
             good = (losses.isfinite() & norms.isfinite()).int()
-            need(good.all(), f"{out}: loss or gradient not finite at step {step - len(recent) + 1 + int(good.argmin()):,}; ckpt.pt, if any, "
-                 "is from before; try a lower --lr, or --precision fp32", 1)
+            need(good.all(), f"{out}: loss or gradient not finite at step {step - len(recent) + 1 + int(good.argmin()):,}; "
+                 "ckpt.pt, if any, is from before; try a lower --lr, or --precision fp32", 1)
             seconds = (time.perf_counter() - clock) / len(recent)
             row = {"step": step, "loss": losses.mean().item(), "grad_norm": norms.mean().item(), "lr": lr, "ms": 1000 * seconds,
                    "images_per_s": cfg.batch / seconds, "mfu": cfg.batch / seconds * flops / peak if peak else 0,
@@ -502,7 +502,7 @@ def train(cfg):
         signal.signal(s, before[s])
     WORLD > 1 and dist.destroy_process_group()
     need(not stop, f"{out}: stopped by a signal, saved at step {step:,}; the same command continues", 130)
-    RANK or print(f"{out}: {max(start, cfg.steps):,} steps done; see samples: python jlt.py --sample {out} --classes 0 1; a larger --steps goes on")
+    RANK or print(f"{out}: {max(start, cfg.steps):,} steps done; samples: python jlt.py --sample {out} --classes 0 1")
     return out
 
 # ================================================================ target geometry (section 3.2, App. B and D)
@@ -568,8 +568,8 @@ def geometry(folder, cfg):
     spectra = {"x": lam, "eps": torch.ones_like(lam), "v": lam + 1}       # x and eps are independent
     some = rows(range(0, len(data), -(-statistics.n // 60_000)))
     fit, held_out = some[torch.randperm(len(some), generator=rng(ORDER, 0))].chunk(2)
-    print(f"{folder}: {statistics.n:,} tokens of {len(lam)} dimensions; variances {lam[0]:.3g} to {lam[-1]:.3g}, {lam.mean():.3f} on average"
-          "\n\ntarget   effective rank   participation ratio   share of variance in the smaller half")
+    print(f"{folder}: {statistics.n:,} tokens of {len(lam)} dimensions; variances {lam[0]:.3g} to {lam[-1]:.3g}, "
+          f"{lam.mean():.3f} on average\n\ntarget   effective rank   participation ratio   share of variance in the smaller half")
     for target, s in spectra.items():
         print(f"{target:6} {effective_rank(s):12.1f} {effective_rank(s, 2):17.1f} {s[len(s) // 2:].sum() / s.sum():23.1%}")
     print("\n   t     R_x   R_eps     R_v   linear probe: x       v   gain in the smallest direction: x       v")
@@ -618,8 +618,8 @@ def demo(given):
         table.append(row(f"{target}-pred.", images, z, f"{loss:.3f}"))
     save_grid(out / "demo.png", F.interpolate(torch.cat(shown).float(), scale_factor=3).to(torch.uint8), 10)
     print("\n               loss   pooled pixels   digit features   low directions   read right", *table, sep="\n")
-    print("\nFrechet distances to held-out digits in two feature spaces: lower is better, 'real' is the floor. low directions: energy\n"
-          f"in the 64 of 128 directions where data has least; its own is 1. {out / 'demo.png'}: two rows each of real digits, "
+    print("\nFrechet distances to held-out digits in two feature spaces: lower is better, 'real' is the floor. low directions:\n"
+          f"energy in the 64 of 128 directions where data has least; its own is 1. {out / 'demo.png'}: two rows each of real digits, "
           f"{', '.join(targets)}. [{time.time() - started:.0f} s]")
 
 # ================================================================ benchmark
@@ -633,7 +633,7 @@ def bench(cfg):
     b, cfg = cfg.micro_batch, resolve(cfg if cuda else replace(cfg, batch=cfg.micro_batch))
     median = lambda work: Timer("work()", globals={"work": work}, num_threads=cores).blocked_autorange(min_run_time=1).median
     with tempfile.TemporaryDirectory() as tmp:
-        z, rate = torch.randn(2048, 128, 16, 16), {}
+        z, y, rate = torch.randn(2048, 128, 16, 16), torch.arange(b) % 1000, {}
         save_shard(Path(tmp, "latents_00000.safetensors"), z, z, torch.arange(2048) % 1000, classes=1000)
         for mode in ["off"] + ["on"] * (compiled(print, cfg, device) is not print):     # where nothing is compiled, f is f
             folder = train(replace(cfg, data=tmp, out=f"{tmp}/{mode}", compile=mode))
@@ -642,7 +642,7 @@ def bench(cfg):
         loader = batches(LatentDataset(tmp), cfg, ((s, 0) for s in range(10**9)), device)
         loading = 8 * b / median(lambda: [next(loader) for _ in range(8)])
         sampler = compiled(load_network(folder)[0].to(device), cfg, device)
-    guided, plain = (b / median(lambda: generate(sampler, torch.arange(b) % 1000, 0, replace(cfg, cfg=w), device)) for w in (cfg.cfg, 1.0))
+    guided, plain = (b / median(lambda: generate(sampler, y, 0, replace(cfg, cfg=w), device)) for w in (cfg.cfg, 1.0))
     net, ema, opt = build(cfg, (128, 16, 16), 1000, device)
     flops, peak, gib, opt.zero_grad = 3 * best * forward_flops(net), PEAK.get(name, 0), rows[-1]["gib"], lambda: None
     for p in net.parameters():
@@ -665,8 +665,8 @@ def bench(cfg):
         vae, x = load_vae(paper.vae, device), torch.rand(32 if cuda else 2, 3, 256, 256)
         decoding = len(x) / median(lambda: pictures(vae, z[:len(x)]))
         report["VAE"] = f"{len(x) / median(lambda: encode(vae, x)):.1f} images/s encoded, {decoding:.1f} decoded, at 256 x 256"
-    report["in all"] = (f"{paper.steps:,} steps of {paper.batch:,} images take {paper.steps * paper.batch / best / 3600:,.1f} hours here, "
-                        f"50,000 guided samples {50_000 / guided / 60:,.1f} minutes")
+    report["in all"] = (f"{paper.steps:,} steps of {paper.batch:,} images take "
+                        f"{paper.steps * paper.batch / best / 3600:,.1f} hours here, 50,000 guided samples {50_000 / guided / 60:,.1f} minutes")
     print("", *(f"{what:12}{text}" for what, text in report.items()), sep="\n")
 
 # ================================================================ command line

@@ -1,6 +1,6 @@
 """What must hold of JLT, checked from first principles: exact values by hand or in float64, properties, and the
 command lines as a user types them. CPU, offline, under 3 minutes on 2 cores:  pytest"""
-import json, math, os, pickle, re, signal, subprocess, sys, time
+import json, math, os, pickle, re, shutil, signal, subprocess, sys, time
 from argparse import Namespace
 from pathlib import Path
 
@@ -1361,7 +1361,6 @@ def test_power_cuts(jobs, tmp_path, name, kills):
             path.suffix == ".npz" and outcome(name, path)
             path.suffix == ".json" and json.loads(path.read_text())
         if process.returncode == 0:                   # finished before it could be killed: from the start once more
-            import shutil
             for path in tmp_path.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     result = call(script, *again)

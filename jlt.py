@@ -2,7 +2,7 @@
 
 A diffusion transformer (DiT) learns to turn Gaussian noise into FLUX.2 latents of ImageNet pictures. On the straight path
 from noise to data, z = t x + (1 - t) eps, it may be asked for the velocity v = x - eps, as is usual, or for the clean
-latent x itself. Nothing else differs, and x gives the far better pictures.
+latent x itself. Nothing else differs, and in the paper x gives far better pictures.
 
     python jlt.py --demo                                  # see it: drawn digits, two minutes, no data, no GPU
     python encode.py imagenet/                            # once: pictures -> latents/

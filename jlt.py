@@ -351,7 +351,7 @@ def sample_command(checkpoint, classes, n, given):
     cfg = replace(cfg, **{k: v for k, v in known.items() if k not in given})
     need(n or 0 <= min(classes) <= max(classes) < net.num_classes, f"--classes: it has classes 0 to {net.num_classes - 1}")
     labels = torch.arange(n) % net.num_classes if n else torch.tensor(classes)
-    WORLD > 1 and dist.init_process_group("gloo")     # waits for all processes
+    WORLD > 1 and dist.init_process_group("gloo", timeout=100 * dist.constants.default_pg_timeout)        # waits for all
     vae, micro = load_vae(cfg.vae, device), min(len(labels), cfg.micro_batch or 256)
     made_by = repr((micro, labels.tolist(), replace(cfg, out="", device="", compile="auto")))     # what makes the pixels
     digest = hashlib.sha256(made_by.encode() + b"".join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest()[:12]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fid import PARSER, RANK, WORLD, Stop, atomic, conv, list_images, need, open_rgb, reading, run
+from fid import PARSER, RANK, WORLD, atomic, conv, list_images, need, open_rgb, reading, run
 
 VAE = "black-forest-labs/FLUX.2-klein-4B"             # Apache-2.0; the VAE is in its folder vae/
 

@@ -628,9 +628,9 @@ def bench(cfg):
     device, paper, cores = pick_device(cfg.device), cfg, torch.get_num_threads()
     cuda = device.type == "cuda" and torch.cuda.get_device_properties(device)
     name = cuda.name if cuda else f"{cores} CPU threads"
-    cfg = replace(cfg, micro_batch=cfg.micro_batch or (256 if cuda else 4), steps=20, log_every=5, sample_every=0, lr=1e-3,
+    cfg = replace(cfg, micro_batch=cfg.micro_batch or (0 if cuda else 4), steps=20, log_every=5, sample_every=0, lr=1e-3,
                   warmup_epochs=0.0, ema=0.0)         # no weight stays zero: zeros multiply faster
-    b, cfg = cfg.micro_batch, resolve(cfg if cuda else replace(cfg, batch=cfg.micro_batch))
+    b = (cfg := resolve(cfg if cuda else replace(cfg, batch=cfg.micro_batch))).micro_batch
     median = lambda work: Timer("work()", globals={"work": work}, num_threads=cores).blocked_autorange(min_run_time=1).median
     with tempfile.TemporaryDirectory() as tmp:
         z, y, rate = torch.randn(2048, 128, 16, 16), torch.arange(b) % 1000, {}

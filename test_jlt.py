@@ -224,7 +224,7 @@ def test_bottleneck_and_refused_shapes():
     assert net.x_embedder.proj1.weight.shape == (4, 8, 1, 1) and net.x_embedder.proj1.bias is None
     assert net(torch.randn(1, 8, 4, 4), torch.ones(1), torch.zeros(1).long()).shape == (1, 8, 4, 4)
     for wrong in ({"patch_size": 3}, {"num_heads": 3}, {"hidden_size": 12, "num_heads": 2}):
-        with pytest.raises(encode.Stop):
+        with pytest.raises(fid.Stop):
             small(**wrong)
 
 def test_named_models_and_derived_settings():
@@ -259,7 +259,7 @@ def test_the_network_sees_the_path_and_perfect_outputs_read_as_the_velocity():
     for target, out in {"x": x, "eps": eps, "v": x - eps}.items():
         torch.testing.assert_close(jlt.velocity(out, z, t, target), x - eps)
         assert jlt.flow_loss(lambda z, t, y: out, x, None, t, eps, target) == 0
-    with pytest.raises(encode.Stop):
+    with pytest.raises(fid.Stop):
         jlt.velocity(x, z, t, "flow")
 
 # ---------------------------------------------------------------- sampler
@@ -722,7 +722,7 @@ def test_killed_encoding_ends_byte_identical_and_two_processes_share(cache, tmp_
     process.communicate()
     (tmp_path / "cut/.tmp.latents_00003.safetensors").write_bytes(b"half")
     (tmp_path / "cut/latents_00003.safetensors").unlink(missing_ok=True)
-    with pytest.raises(encode.Stop, match="of 5 shards"):
+    with pytest.raises(fid.Stop, match="of 5 shards"):
         encode.LatentDataset(tmp_path / "cut")
     result = call("encode.py", *args, "--out", tmp_path / "cut", processes=2)
     there = re.search(r"(\d) of 5 shards there already", result.stderr)
@@ -957,10 +957,10 @@ def test_other_weights_are_refused(inception_weights, tmp_path, change, capsys):
         path.write_text("no weights" * (change == "text"))
     else:
         torch.save({"list": [1, 2], "code": PickledCode()}.get(change, state), path)
-    with pytest.raises(encode.Stop, match="w.pth"):
+    with pytest.raises(fid.Stop, match="w.pth"):
         fid.Inception(path)
     if change in ("missing", "shape", "unknown"):
-        with pytest.raises(encode.Stop):
+        with pytest.raises(fid.Stop):
             fid.Inception(state)
     assert capsys.readouterr() == ("", "")                               # so no code was run
 
@@ -1029,7 +1029,7 @@ def test_statistics_do_not_depend_on_batches(offset):
         np.testing.assert_allclose(s.mean, x.mean(0), rtol=1e-13, atol=1e-13)
         np.testing.assert_allclose(s.cov, np.cov(x, rowvar=False), rtol=1e-8, atol=1e-8)  # np.cov: over n - 1
     for bad in (np.full((2, 12), np.nan), np.full((2, 12), np.inf), np.zeros((2, 11)), np.zeros((0, 12))):
-        with pytest.raises(encode.Stop):
+        with pytest.raises(fid.Stop):
             s.update(bad)
     assert s.n == 157
 
@@ -1391,7 +1391,7 @@ def test_damaged_files_are_read_right_or_refused(cache, trained, released, score
         bad.write_bytes(data)
         try:
             got = readers[path](bad)
-        except encode.Stop as e:
+        except fid.Stop as e:
             refusals += 1
             assert len(e.args[0].splitlines()) <= 3 and str(bad) in e.args[0]
         else:

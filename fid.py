@@ -57,7 +57,7 @@ def run(main):
     except (MemoryError, RuntimeError) as e:          # torch's are RuntimeErrors
         if not isinstance(e, MemoryError) and "memory" not in str(e):
             raise
-        line, status = "out of memory; lower --batch (encode.py, fid.py) or --micro-batch (jlt.py)", 1
+        line, status = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)", 1
     print(f"{Path(sys.argv[0]).name}: {f'[rank {RANK}] ' * (RANK > 0)}{' '.join(line.split())}", file=sys.stderr)
     sys.exit(status)
 

@@ -308,8 +308,7 @@ def load_file(path):
 def load_network(path):
     """-> EMA network, its settings (target, t_eps, vae), from our checkpoints (a file or its run folder) and the
     paper's (checkpoint-last.pth: its first EMA). The architecture is read from the shapes. Stop if it does not fit."""
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
-    state = load_file(path)
+    state = load_file(path := os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path)
     with reading(path, "holds no JLT"):
         if published := "model_ema1" in state:
             args, weights = state["args"], {k.removeprefix("net."): v.float() for k, v in state["model_ema1"].items()}
@@ -367,7 +366,7 @@ def sample_command(checkpoint, classes, n, given):
     WORLD > 1 and (dist.barrier(), dist.destroy_process_group())
     if RANK:
         return
-    shape, images = np.load(files[0]).shape[1:], (np.load(path) for path in files.values())       # (H, W, 3); (B, H, W, 3) each
+    shape, images = np.load(files[0], mmap_mode="r").shape[1:], (np.load(path) for path in files.values())       # (H, W, 3); (B, H, W, 3) each
     if n:
         with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
             np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, *shape)})
@@ -585,7 +584,7 @@ def geometry(folder, cfg):
 
 # ================================================================ the demo
 DEMO = {"hidden_size": 64, "depth": 3, "batch": 64, "steps": 1500, "lr": 3e-3, "cooldown": 1.0, "warmup_epochs": 0.3, "ema": 0.99,
-        "sample_steps": 25, "cfg": 1.5, "interval": (0.0, 1.0), "sample_every": 0, "log_every": 250}
+        "sample_steps": 25, "cfg": 1.5, "interval": (0.0, 1.0), "sample_every": 0, "log_every": 250, "data": "runs/digits"}
 DEMO_IMAGES = 2000                                    # samples of each target, and digits to compare them with
 
 def demo(given):
@@ -594,7 +593,7 @@ def demo(given):
     started, targets = time.time(), [given["target"]] if "target" in given else ["x", "v"]
     changed = "".join(f"-{k}-{v}" for k, v in sorted(given.items()) if k not in FREE - {"steps"} | {"target"})
     out = Path(given.pop("out", "runs/demo" + changed))
-    cfg = Config(**DEMO | {"data": "runs/digits"} | given)
+    cfg = Config(**DEMO | given)
     device, n = pick_device(cfg.device), DEMO_IMAGES
     cache_digits(Path(cfg.data))
     codec, judge = load_vae(f"{cfg.data}/codec.safetensors"), digit_judge(*draw_digits(2 * n, seed=2))
@@ -686,6 +685,7 @@ def main():
     given = {k: tuple(v) if k in ("interval", "logit_t") else v for k, v in vars(parser.parse_args()).items()}
     show, folder, speed, checkpoint, classes, n = (given.pop(k) for k in ("demo", "geometry", "bench", "sample", "classes", "n"))
     need(checkpoint is not None or classes is n is None, "--classes and --n go with --sample CKPT")
+    need(not show or "data" not in given, "--data: has no use with --demo, which draws its own")
     need(WORLD == 1 or not (show or speed or folder is not None), "--demo, --geometry and --bench are for one process")
     if checkpoint is not None:
         sample_command(checkpoint, classes, n, given)

@@ -640,7 +640,7 @@ def test_checkpoints_never_run_code(cli, released, tmp_path, monkeypatch):
     ("--model S/2", "--model"), ("--interval 0.9 0.1", "low"), ("--device tpu", "cpu"), ("--data nowhere", "encode.py"),
     ("--classes 3", "--sample"), ("--sample nowhere --n 3", "nowhere"), ("--sample . --n 3", "ckpt.pt"), ("--precision fp8", "--precision"),
     ("--logit-t 0 -1", "--logit-t"), ("--t-eps 0", "--t-eps"), ("--sample-steps 0", "--sample-steps"), ("--seed -1", "--seed"),
-    ("--seed 99999999999999999999999", "--seed"), ("--warmup-epochs 1e308", "--warmup"), ("--demo --bench", "not allowed"),
+    ("--seed 99999999999999999999999", "--seed"), ("--warmup-epochs 1e308", "--warmup"), ("--demo --bench", "not allowed"), ("--demo --data x", "--data"),
     ("--sample", "expected one argument"), ("--n 0 --sample x", "at least 1"), ("--label-drop 2", "--label-drop"), ("--out", "--out")])
 def test_mistakes_on_the_command_line(cli, tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)

@@ -29,9 +29,9 @@ def pick_device(name=None):
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if (name or best) == "cuda" else name or best
     with reading(f"--device {name}", f"not on this machine, which has {best}"):
-        if name.startswith("cuda"):
-            torch.cuda.set_device(name)
-        return torch.empty(1, device=name).device
+        name.startswith("cuda") and torch.cuda.set_device(name)
+        torch.ones(1, device=name).item()             # "meta" is a device, too, but computes nothing
+        return torch.device(name)
 
 def center_crop(image, size):
     """PIL image -> size x size. ADM's crop (guided-diffusion): halve with a box filter while the short side is at
@@ -56,12 +56,12 @@ def save_grid(path, images, columns):
 def load_vae(name=VAE, device="cpu"):
     """The frozen AutoencoderKLFlux2 of a hub repository or local folder (there, or in its vae/), or the digits' codec.
     Raises Stop where there is none, or where the weights are another model's."""
-    if str(name).endswith("codec.safetensors"):
-        return load_file(name)
-    from diffusers import AutoencoderKLFlux2, logging # here: the import takes seconds
-    from huggingface_hub import snapshot_download
-    logging.set_verbosity_error()
     with reading(f"--vae {name}", f"no AutoencoderKLFlux2 there; try: hf download {VAE} --include 'vae/*' --local-dir flux2"):
+        if str(name).endswith("codec.safetensors"):
+            return load_file(name)
+        from diffusers import AutoencoderKLFlux2, logging               # here: the import takes seconds
+        from huggingface_hub import snapshot_download
+        logging.set_verbosity_error()
         files = ["vae/*", "config.json", "diffusion_pytorch_model.safetensors"]
         root = Path(name if Path(name).is_dir() else snapshot_download(str(name), allow_patterns=files))
         folder = root / "vae" if (root / "vae").is_dir() else root
@@ -128,7 +128,8 @@ def cache_digits(folder, n=10_000):
                  "scale": values[-128:].mean().sqrt()}
         z = encode(codec, images / 127.5 - 1)
         folder.mkdir(parents=True, exist_ok=True)
-        codec_file.write_bytes(save(codec))
+        with atomic(codec_file) as tmp:
+            tmp.write_bytes(save(codec))
         save_shard(shard, z, z, labels, vae=str(codec_file))              # a mirrored 3 is no digit
 
 def digit_judge(images, labels, steps=250):
@@ -153,11 +154,11 @@ def save_shard(path, latents, flipped, labels, **header):
 
 def open_shard(path):
     """-> header (dict), tensors by name, mapped from disk rather than read. Raises Stop if damaged."""
-    fault = f"{path}: no shard of latents (N, C, H, W) and labels (N,); delete it and encode again"
-    with reading(path, fault, 1), safe_open(path, "pt") as file:
+    advice = "no shard of latents (N, C, H, W) and labels (N,); delete it and encode again"
+    with reading(path, advice, 1), safe_open(path if path.is_file() else "", "pt") as file:              # a pipe would block
         shard = {key: file.get_tensor(key) for key in file.keys()}
-        (n, _, h, w), y, flipped = (x := shard["latents"]).shape, shard["labels"], shard.get("latents_flip", x)
-        need(h == w and flipped.shape == x.shape and y.shape == (n,) and not y.is_floating_point(), fault, 1)
+        (n, c, h, w), y, flipped = (x := shard["latents"]).shape, shard["labels"], shard.get("latents_flip", x)
+        need(c and h == w > 0 and (flipped.shape, y.shape) == (x.shape, (n,)) and not y.is_floating_point(), f"{path}: {advice}", 1)
         return dict(json.loads((file.metadata() or {}).get("encode", "{}"))), shard
 
 class LatentDataset(Dataset):
@@ -167,26 +168,24 @@ class LatentDataset(Dataset):
         files = sorted(Path(folder).glob("latents_*.safetensors"))
         need(files, f"{folder}: holds no latents_*.safetensors; make them: python encode.py IMAGES --out {folder}")
         self.headers, self.shards = zip(*map(open_shard, files))
-        there, want = [h.get("number", k) for k, h in enumerate(self.headers)], self.headers[0].get("shards", len(files))
-        need(there == [*range(want)], f"{folder}: {len(files)} of {want} shards; the same encode.py command finishes it")
+        there, n, want = [h.get("number", k) for k, h in enumerate(self.headers)], len(files), self.headers[0].get("shards", len(files))
+        need([n, *there] == [want, *range(n)], f"{folder}: {n} of {want} shards; the same encode.py command finishes it")
         self.ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
         self.labels = torch.cat([shard["labels"] for shard in self.shards]).long()
-        kinds = {(tuple(s["latents"].shape[1:]), h.get("encoder"), h.get("files")) for s, h in zip(self.shards, self.headers)}
+        kinds = {(tuple(s["latents"].shape[1:]), str(h.get("encoder")), str(h.get("files"))) for s, h in zip(self.shards, self.headers)}
         need(len(kinds) == 1, f"{folder}: mixes latents of different shape or origin {kinds}; keep one cache in a folder")
         self.shape, *self.origin = kinds.pop()        # (C, H, W); digests of the encoder and of the file names
         low, high = map(int, self.labels.aminmax()) if len(self) else (-1, -1)
         self.num_classes = self.headers[0].get("classes", high + 1)
-        need(0 <= low <= high < self.num_classes, f"{folder}: labels ({low} to {high}) for {self.num_classes} classes, or no latents")
-
-    def __len__(self):
-        return len(self.labels)
+        need(isinstance(self.num_classes, int) and 0 <= low <= high < self.num_classes,
+             f"{folder}: labels ({low} to {high}) for {self.num_classes} classes, or no latents")
 
     def item(self, i, flip=False):
         i = range(len(self))[i]
         shard = self.shards[k := np.searchsorted(self.ends, i, side="right")]
         latents = shard["latents_flip" if flip and "latents_flip" in shard else "latents"]
         return latents[i - self.ends[k]].float(), int(self.labels[i])                   # counted from the shard's end
-    __getitem__ = item
+    __getitem__, __len__ = item, lambda self: len(self.labels)
 
 # ---------------------------------------------------------------- the command
 class Photos(Dataset):
@@ -246,6 +245,7 @@ def main():
         need((x := getattr(args, flag)) > 0 and x % unit == 0, f"--{flag} {x}: needs a positive multiple of {unit}")
     out, photos, device = args.out, Photos(args.images, args.size), pick_device(args.device)
     vae, n = load_vae(args.vae, device), len(photos.names)
+    need(not isinstance(vae, dict), f"--vae {args.vae}: a codec for the demo's digits; photographs need an AutoencoderKLFlux2")
     # What all shards of a cache have in common, in each one's header. (The decoder may be replaced by another.)
     digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
     weights = b"".join(v.cpu().numpy().tobytes() for k, v in vae.state_dict().items() if "decoder" not in k and "post" not in k)

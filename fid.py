@@ -34,13 +34,13 @@ def need(condition, line, status=2):
         raise Stop(line, status)
 
 @contextmanager
-def reading(what, advice, status=2):
+def reading(what, advice, status=2, faults=Exception):
     """Makes a Stop of whatever goes wrong within: Pillow, zip, pickle, safetensors, the hub all have their own errors."""
     try:
         yield
     except (Stop, MemoryError):
         raise
-    except Exception as e:
+    except faults as e:
         reason = getattr(e, "strerror", None) or str(e).split(". ")[0][:200] or type(e).__name__
         raise Stop(f"{what}: {advice} ({reason})", status) from None
 
@@ -54,10 +54,13 @@ def run(main):
         line, status = "interrupted; what was finished is kept", 130
     except OSError as e:                              # disk full, no permission, a network drive gone
         line, status = f"{e.filename or 'a file'}: {e.strerror or e}; what was finished is kept", 1
-    except (MemoryError, RuntimeError) as e:          # torch's are RuntimeErrors
-        if not isinstance(e, MemoryError) and "memory" not in str(e):
+    except (MemoryError, RuntimeError) as e:          # torch's, gloo's and NCCL's are RuntimeErrors
+        if isinstance(e, MemoryError) or "memory" in str(e):
+            line, status = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)", 1
+        elif WORLD > 1 and any(word in str(e) for word in ("gloo", "NCCL", "Store")):
+            line, status = "another process is gone, so this one stops; what was saved is intact, the same command continues", 1
+        else:
             raise
-        line, status = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)", 1
     print(f"{Path(sys.argv[0]).name}: {f'[rank {RANK}] ' * (RANK > 0)}{' '.join(line.split())}", file=sys.stderr)
     sys.exit(status)
 
@@ -66,10 +69,11 @@ def atomic(path):
     """Yields a temporary name, renamed to `path` on success: readers find the old file or all of the new one."""
     tmp = Path(path).with_name(f".tmp.{Path(path).name}")
     try:
-        yield tmp
-        with open(tmp, "rb+") as file:
-            os.fsync(file)                            # after a power cut, too
-        os.replace(tmp, path)
+        with reading(path, "cannot be written; is the disk full? What was there is intact", 1, (OSError, RuntimeError)):
+            yield tmp
+            with open(tmp, "rb+") as file:
+                os.fsync(file)                        # after a power cut, too
+            os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -82,6 +86,7 @@ def list_images(folder):
 def open_rgb(path):
     """Any image file as RGB: its first frame, alpha dropped, not rotated by EXIF (ImageNet's convention). 16-bit
     grayscale is scaled to 8 bits; Pillow's convert alone would make it white."""
+    need(os.path.isfile(path), f"{path}: no file")    # but a pipe, say, on which open would wait for ever
     with Image.open(path) as image:
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
@@ -208,8 +213,7 @@ class Statistics:
         need(x.shape[1:] == self.mean.shape and len(x) and np.isfinite(x).all(),
              f"features {x.shape} should be (B, {len(self.mean)}), free of NaN and infinity", 1)
         n, shift = self.n + len(x), x.mean(0) - self.mean
-        # The batch's own scatter and, as one more row, how far apart the two means are.
-        rows = np.vstack([x - x.mean(0), shift * math.sqrt(self.n * len(x) / n)])       # (B + 1, dim)
+        rows = np.vstack([x - x.mean(0), shift * math.sqrt(self.n * len(x) / n)])       # the last: how far apart the means are
         self.n, self.mean, self.scatter = n, self.mean + shift * (len(x) / n), self.scatter + rows.T @ rows
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -282,13 +286,10 @@ def main():
     if args.save:
         with atomic(args.save) as tmp, open(tmp, "wb") as file:           # dtypes as JiT's evaluation wants them
             np.savez(file, mu=mu.astype(np.float32), sigma=sigma, n=n, source=f"fid.py {args.samples}, {how}")
-    line = f"n = {n:,} ({args.samples})"
-    if args.reference or not args.save:
-        line = "Inception Score {:.2f} +- {:.2f} | {}".format(*inception_score(logits), line)
+    line = "Inception Score {:.2f} +- {:.2f} | n = {:,} ({})".format(*inception_score(logits), n, args.samples)
     if args.reference:
         mu2, sigma2, n2, *_ = reference or other[0]
-        line = (f"FID {frechet_distance(mu, sigma, mu2, sigma2):.3f} | {line} against n {f'= {n2:,}' if n2 else 'unknown'} "
-                f"({args.reference})")
+        line = f"FID {frechet_distance(mu, sigma, mu2, sigma2):.3f} | {line} against n = {f'{n2:,}' if n2 else 'unknown'} ({args.reference})"
     for path, count in (args.samples, n), (args.reference, args.reference and n2):
         if count and count < 50_000:
             print(f"fid.py: {path}: {count:,} images; below 50,000 scores are biased: compare at equal n only"

@@ -46,8 +46,7 @@ class Config:
     num_heads: int = flag(0, "attention heads (of about 64 channels, if the width is given)", 0)
     patch_size: int = flag(0, "side of a token in latent positions", 0)
     bottleneck: int = flag(0, "channels between latent and token; 0: none, as in the published weights", 0)
-    # optimisation
-    steps: int = flag(250_000, "training steps: 200 epochs of ImageNet", 1)
+    steps: int = flag(250_000, "training steps: 200 epochs of ImageNet", 1)                          # from here on: optimisation
     batch: int = flag(1024, "images in a step, on however many GPUs", 1)
     micro_batch: int = flag(0, "images in a pass, also when sampling; 0: largest divisor of batch up to 256", 0)
     lr: float = flag(0.0, "learning rate; 0: 5e-5 * batch / 256", 0)
@@ -344,6 +343,7 @@ def sample_command(checkpoint, classes, n, given):
     need(not useless, f"--{min(useless, default='').replace('_', '-')}: has no use with --sample; the checkpoint decides")
     cfg = Config(**given)
     device, out = pick_device(cfg.device), Path(cfg.out or ("samples.npz" if n else "samples.png"))
+    out.exists() and [shutil.rmtree(left, True) for left in out.parent.glob(f".tmp.{out.name}.*")]      # killed in its last act
     need(not out.exists() and out.parent.is_dir(), f"{out}: exists, or its folder does not; give another --out")
     net, known = load_network(checkpoint)
     need(given.get("target") in (None, known["target"]) or known["target"] not in ("x", "eps", "v"), "--target: it has its own")
@@ -361,21 +361,21 @@ def sample_command(checkpoint, classes, n, given):
             parts.mkdir(parents=True, exist_ok=True)
             y = labels.roll(-first)[:micro]           # also at the end: one shape to compile for
             images = pictures(vae, generate(net, y, first, cfg, device))[:len(labels) - first].permute(0, 2, 3, 1)
-            with atomic(files[first]) as tmp, open(tmp, "wb") as file:
-                np.save(file, images.contiguous().numpy())
+            with atomic(files[first]) as tmp:
+                np.save(tmp, images.contiguous().numpy())
     WORLD > 1 and (dist.barrier(), dist.destroy_process_group())
     if RANK:
         return
-    shape, images = np.load(files[0], mmap_mode="r").shape[1:], (np.load(path) for path in files.values())       # (H, W, 3); (B, H, W, 3) each
-    if n:
-        with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
-            np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, *shape)})
-            f.writelines(images)
-            shutil.rmtree(parts)                      # before `out` is there: a kill leaves nothing behind
-    else:
-        rows = max(d for d in range(1, math.isqrt(len(labels)) + 1) if len(labels) % d == 0)      # as square as it gets
-        save_grid(out, torch.from_numpy(np.concatenate([*images])).permute(0, 3, 1, 2), len(labels) // rows)
-    shutil.rmtree(parts, ignore_errors=True)
+    with reading(parts, "a damaged batch; delete this folder and start again", 1):
+        size, images = np.load(files[0], mmap_mode="r").shape[1:], (np.load(path) for path in files.values())      # (B, H, W, 3) each
+        if n:
+            with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
+                np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, *size)})
+                f.writelines(images)
+        else:
+            rows = max(d for d in range(1, math.isqrt(len(labels)) + 1) if len(labels) % d == 0)  # as square as it gets
+            save_grid(out, torch.from_numpy(np.concatenate([*images])).permute(0, 3, 1, 2), len(labels) // rows)
+    shutil.rmtree(parts)
     print(f"wrote {out}: {cfg.target}-prediction, {cfg.sample_steps} Heun steps, guidance {cfg.cfg} on {cfg.interval}, seed {cfg.seed}")
 
 # ================================================================ training
@@ -484,12 +484,12 @@ def train(cfg):
                       f"{row['gib']:.1f} GiB | eta {tqdm.format_interval((cfg.steps - step) * seconds)}", flush=True)
                 if step % (10 * cfg.log_every) == 0:
                     print("  loss by t, from noise to data:", *(f"{v:.3f}" if v else "-" for v in row["loss_by_t"]), flush=True)
-                with open(log_file, "a") as file:
+                with reading(log_file, "cannot be written; is the disk full?", 1), open(log_file, "a") as file:
                     file.write(json.dumps(row) + "\n")
         if save and RANK == 0:
             state = {"config": asdict(cfg), "identity": identity, "grid": data.shape[1], "step": step,
                      "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict()}
-            with reading(path, "cannot be written; is the disk full? An earlier one is intact", 1), atomic(path) as tmp:
+            with atomic(path) as tmp:
                 torch.save(state, tmp)
         if vae and step % cfg.sample_every == 0:
             labels = torch.linspace(0, data.num_classes - 1, 16).long()
@@ -610,7 +610,7 @@ def demo(given):
     table, shown = [row("real", real[n:], z_real), row("real, coded", pictures(codec, z_real), z_real)], [real[:20]]
     for target in targets:
         folder = train(replace(cfg, target=target, out=str(out / target)))
-        loss = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["loss"]
+        loss = json.loads(['{"loss": NaN}', *(folder / "log.jsonl").read_text().splitlines()][-1])["loss"]      # NaN if it is gone
         net, _ = load_network(folder)
         z = generate(net.to(device), labels[:n], 0, replace(cfg, target=target), device).cpu()
         shown.append((images := pictures(codec, z))[:20])

@@ -272,7 +272,7 @@ def main():
         skipped = [pair for header in data.headers for pair in header["skipped"]]
         with atomic(out / "meta.json") as tmp:
             tmp.write_text(json.dumps(origin | {"classes": photos.classes, "images": len(data), "skipped": skipped}, indent=1))
-        std, mean = torch.std_mean(torch.stack([data[i][0] for i in range(0, len(data), -(-len(data) // 512))]), (0, 2, 3))
+        std, mean = torch.std_mean(torch.stack([data[i][0] for i in range(0, len(data), -(-len(data) // 512))]), (0, 2, 3), False)
         print(f"{out}: {len(data):,} images and mirror images in {len(shards)} shards; {len(skipped)} files skipped; channel means "
               f"{mean.min():.2f} to {mean.max():.2f}, stds {std.min():.2f} to {std.max():.2f} (FLUX.2's: about 0 and 1)")
 

@@ -272,8 +272,7 @@ def main():
     add("reference", type=Path, nargs="?", help="the same, or npz with mu and sigma (ref_mu and ref_sigma)")
     add("--save", type=Path, metavar="FILE", help="write the samples' mu, sigma and n: a reference for later")
     add("--weights", type=Path, metavar="FILE", help=f"a copy of {WEIGHTS} (else downloaded once, 96 MB)")
-    args = parser.parse_args()
-    # Everything is opened, and refused if need be, before the first image goes through the network.
+    args = parser.parse_args()                        # now open everything, and refuse it if need be, before the network runs
     need(not args.save or not args.save.exists() and os.access(args.save.parent, os.W_OK), f"--save {args.save}: no free name")
     reference = read_statistics(args.reference) if args.reference and not args.reference.is_dir() else None
     paths = [args.samples] if reference or not args.reference else [args.samples, args.reference]
@@ -289,7 +288,8 @@ def main():
     line = "Inception Score {:.2f} +- {:.2f} | n = {:,} ({})".format(*inception_score(logits), n, args.samples)
     if args.reference:
         mu2, sigma2, n2, *_ = reference or other[0]
-        line = f"FID {frechet_distance(mu, sigma, mu2, sigma2):.3f} | {line} against n = {f'{n2:,}' if n2 else 'unknown'} ({args.reference})"
+        distance, there = frechet_distance(mu, sigma, mu2, sigma2), f"= {n2:,}" if n2 else "unknown"
+        line = f"FID {distance:.3f} | {line} against n {there} ({args.reference})"
     for path, count in (args.samples, n), (args.reference, args.reference and n2):
         if count and count < 50_000:
             print(f"fid.py: {path}: {count:,} images; below 50,000 scores are biased: compare at equal n only"

@@ -366,7 +366,7 @@ def sample_command(checkpoint, classes, n, given):
     WORLD > 1 and (dist.barrier(), dist.destroy_process_group())
     if RANK:
         return
-    with reading(parts, "a damaged batch; delete this folder and start again", 1):
+    with reading(parts, "a damaged batch; delete this folder and start again", 1, (ValueError, EOFError)):
         size, images = np.load(files[0], mmap_mode="r").shape[1:], (np.load(path) for path in files.values())      # (B, H, W, 3) each
         if n:
             with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
@@ -646,7 +646,7 @@ def bench(cfg):
     flops, peak, gib, opt.zero_grad = 3 * best * forward_flops(net), PEAK.get(name, 0), rows[-1]["gib"], lambda: None
     for p in net.parameters():
         p.grad = torch.randn_like(p)                  # stays, without zero_grad
-    params = sum(p.numel() for p in net.parameters()) # 20 bytes of memory each: weight, gradient, EMA and AdamW's two
+    fixed = 20 * (params := sum(p.numel() for p in net.parameters()))    # bytes: weight, gradient, EMA and AdamW's two
     with autocast(cfg, device):
         a = torch.randn(2, *2 * [8192 if cuda else 1024], device=device)
         a = a @ a                                     # in the precision of training
@@ -654,7 +654,7 @@ def bench(cfg):
     report = {
         "model": f"{params:,} parameters, micro-batch {b} of {cfg.batch}; {name}, torch {torch.__version__}",
         "training": f"{best:,.1f} images/s, {1000 * cfg.batch / best:,.0f} ms a step, {best / rate['off']:.2f} x eager",
-        "memory": f"peak {gib:.1f} GiB; passes of {b * (cuda.total_memory - 20 * params) / (gib * 2**30 - 20 * params):,.0f} fit" if cuda else "-",
+        "memory": f"peak {gib:.1f} GiB; passes of {b * (cuda.total_memory - fixed) / (gib * 2**30 - fixed):,.0f} fit" if cuda else "-",
         "arithmetic": f"{flops / 1e12:.2f} TFLOP/s: {flops / wall:.0%} of large products here, MFU "
                       + (f"{flops / peak:.1%} of {peak / 1e12:.0f}" if peak else "0 (rate of this device unknown)"),
         "update": f"{1000 * median(lambda: update(net, ema, opt, cfg.ema)):.1f} ms a step for clipping, AdamW and EMA",

@@ -7,7 +7,7 @@
 Images are a folder, searched recursively, or an npz whose arr_0 is uint8 (N, H, W, 3), scored as they are: crop
 photographs to the samples' size first. Memory is constant but for 4 kB an image.
 """
-import argparse, math, os, sys, zipfile
+import argparse, math, os, re, sys, zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
@@ -55,10 +55,10 @@ def run(main):
     except OSError as e:                              # disk full, no permission, a network drive gone
         line, status = f"{e.filename or 'a file'}: {e.strerror or e}; what was finished is kept", 1
     except (MemoryError, RuntimeError) as e:          # torch's, gloo's and NCCL's are RuntimeErrors
-        if isinstance(e, MemoryError) or "memory" in str(e):
+        if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", str(e)):
             line, status = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)", 1
-        elif WORLD > 1 and any(word in str(e) for word in ("gloo", "NCCL", "Store")):
-            line, status = "another process is gone, so this one stops; what was saved is intact, the same command continues", 1
+        elif WORLD > 1 and re.search("gloo|NCCL|Store", str(e)):
+            line, status = f"lost the other processes ({str(e).split('. ')[0][:200]}); the same command continues", 1
         else:
             raise
     print(f"{Path(sys.argv[0]).name}: {f'[rank {RANK}] ' * (RANK > 0)}{' '.join(line.split())}", file=sys.stderr)

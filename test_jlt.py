@@ -456,7 +456,7 @@ runpy.run_path({str(HERE / "jlt.py")!r}, run_name="__main__")
     args += [1, "--micro-batch", 2, "--save-every", 5]                   # four micro-batches: one process does two of them
     result = call(dying, *args, "--steps", 4000, "--out", run, processes=3)
     lines = [line for line in result.stderr.splitlines() if line.startswith("jlt.py:")]
-    assert result.returncode != 0 and 1 <= len(lines) <= 2 and all("another process is gone" in line for line in lines), result.stderr
+    assert result.returncode != 0 and 1 <= len(lines) <= 2 and all("lost the other processes" in line for line in lines), result.stderr
     assert "in train" not in result.stderr and "SIGKILL" in result.stderr               # torchrun's own report names the rank
     step = jlt.load_file(run / "ckpt.pt")["step"]
     assert step % 5 == 0
@@ -696,6 +696,29 @@ def test_checkpoints_never_run_code(cli, released, tmp_path, monkeypatch):
     refused(cli(jlt, "--sample", "unsaid.pth", "--n", 1), "--target True")
     torch.save(torch.ones(3), "tensor.pth")
     refused(cli(jlt, "--sample", "tensor.pth", "--n", 1), "holds no JLT")
+
+def test_which_faults_become_one_line(capsys, monkeypatch):
+    def outcome(fault):
+        def main():
+            raise fault
+        with pytest.raises(SystemExit) as stop:
+            fid.run(main)
+        return stop.value.code, capsys.readouterr().err
+    def too_much():
+        torch.empty(10 ** 15)
+    with pytest.raises(SystemExit):
+        fid.run(too_much)
+    assert "out of memory; lower --batch" in capsys.readouterr().err
+    assert outcome(MemoryError())[1] == outcome(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))[1]
+    assert outcome(fid.Stop("two\nlines"))[0] == 2 and outcome(fid.Stop("a", 1))[0] == 1 and outcome(KeyboardInterrupt())[0] == 130
+    assert "x/y: No space left" in outcome(OSError(28, "No space left on device", "x/y"))[1]
+    peer = RuntimeError("[gloo/pair.cc] Connection reset. Check the logs.")
+    with pytest.raises(RuntimeError):                 # alone, that would be a fault of ours
+        fid.run(lambda: (_ for _ in ()).throw(peer))
+    monkeypatch.setattr(fid, "WORLD", 2)
+    assert "lost the other processes ([gloo/pair.cc] Connection reset)" in outcome(peer)[1]
+    with pytest.raises(RuntimeError):                 # a fault of the program keeps its traceback
+        fid.run(lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: an illegal memory access was encountered")))
 
 @pytest.mark.parametrize("args, words", [
     ("--target q", "--target"), ("--foo 1", "--foo"), ("--steps 0", "--steps"), ("--batch -3", "--batch"), ("--steps 1e3", "--steps"),

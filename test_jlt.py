@@ -1638,6 +1638,8 @@ def test_a_cache_is_read_while_it_is_written(tmp_path):
     assert all((x == y).all() for x, y in data)
 
 def test_pipes_are_not_waited_for(vae, cli, tmp_path):
+    signal.signal(signal.SIGALRM, signal.default_int_handler)            # whoever waits is interrupted, and the test fails
+    signal.alarm(60)
     (tmp_path / "photos/a").mkdir(parents=True)
     os.mkfifo(tmp_path / "photos/a/pipe.png")
     Image.new("RGB", (20, 20), "red").save(tmp_path / "photos/a/red.png")
@@ -1646,4 +1648,5 @@ def test_pipes_are_not_waited_for(vae, cli, tmp_path):
     (tmp_path / "cache").mkdir()
     os.mkfifo(tmp_path / "cache/latents_00000.safetensors")
     refused(cli(jlt, *TINY, "--data", tmp_path / "cache"), "latents_00000", status=1)
+    signal.alarm(0)
     refused(cli(fid, tmp_path / "photos", tmp_path / "photos"), "2 images; scores need 10")

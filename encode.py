@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fid import PARSER, RANK, WORLD, atomic, conv, list_images, need, open_rgb, reading, run
+from fid import LOCAL, PARSER, RANK, WORLD, atomic, conv, list_images, need, open_rgb, reading, run
 
 VAE = "black-forest-labs/FLUX.2-klein-4B"             # Apache-2.0; the VAE is in its folder vae/
 
@@ -130,7 +130,7 @@ def cache_digits(folder, n=10_000):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(codec_file) as tmp:
             tmp.write_bytes(save(codec))
-        save_shard(shard, z, z, labels, vae=str(codec_file))              # a mirrored 3 is no digit
+        save_shard(shard, z, z, labels, vae=str(codec_file.resolve()))              # a mirrored 3 is no digit
 
 def digit_judge(images, labels, steps=250):
     """The demo's Inception, trained in seconds on these digits: images (B, 3, 32, 32) in [-1, 1] -> logits (B, 10)."""
@@ -178,7 +178,7 @@ class LatentDataset(Dataset):
         low, high = map(int, self.labels.aminmax()) if len(self) else (-1, -1)
         self.num_classes = self.headers[0].get("classes", high + 1)
         need(isinstance(self.num_classes, int) and 0 <= low <= high < self.num_classes,
-             f"{folder}: labels ({low} to {high}) for {self.num_classes} classes, or no latents")
+             f"{folder}: holds no latents (was no image readable?), or labels ({low} to {high}) of {self.num_classes} classes")
 
     def item(self, i, flip=False):
         i = range(len(self))[i]
@@ -193,7 +193,7 @@ class Photos(Dataset):
     def __init__(self, folder, size):
         root = os.path.join(folder, "train") if os.path.isdir(os.path.join(folder, "train")) else folder
         need(os.path.isdir(root), f"{root}: not a folder; give the one that holds the class folders")
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
         files = [(os.path.join(c, f), y) for y, c in enumerate(self.classes) for f in list_images(os.path.join(root, c))]
         need(files, f"{root}: no images in class folders; arrange them as {os.path.join(root, 'CLASS', 'image.jpg')}")
         self.root, self.size, self.names, self.labels = root, size, [f for f, _ in files], torch.tensor([y for _, y in files])
@@ -238,7 +238,7 @@ def main():
     add("--size", default=256, type=int, help="side of the square crop in pixels (%(default)s)")
     add("--batch", default=32, type=int, help="images at a time, each encoded as it is and mirrored (%(default)s)")
     add("--shard", default=1024, type=int, help="images in a file; a kill can cost two of them (%(default)s)")
-    add("--workers", default=os.cpu_count(), type=int, help="processes that decode images (%(default)s)")
+    add("--workers", default=-(-os.cpu_count() // LOCAL), type=int, help="processes that decode images (%(default)s)")
     add("--device", help="cuda, mps or cpu (the best there is)")
     args = parser.parse_args()
     for flag, unit in {"size": 16, "batch": 1, "shard": 1, "workers": 1}.items():

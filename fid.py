@@ -22,10 +22,12 @@ from tqdm import tqdm
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"      # its sha256 begins with 6726825d
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".mpo")
-RANK, WORLD = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))   # torchrun's
+RANK, WORLD, LOCAL = (int(os.environ.get(k, n)) for k, n in dict(RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1).items())   # torchrun's
 PARSER = dict(usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 # ---------------------------------------------------------------- faults and files, for all three programs
+FAULTS = {"DataLoader worker": "lower --workers", "gloo|NCCL|TCPStore": "lost the other processes; the same command continues",
+          "out of memory|allocate": "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)"}      # torch's words
 class Stop(ValueError):
     """Stop(line, status=2): a fault that one line explains; exit status 2 for bad usage, 1 for a fault on the way."""
 
@@ -55,21 +57,20 @@ def run(main):
     except OSError as e:                              # disk full, no permission, a network drive gone
         line, status = f"{e.filename or 'a file'}: {e.strerror or e}; what was finished is kept", 1
     except (MemoryError, RuntimeError) as e:          # torch's, gloo's and NCCL's are RuntimeErrors
-        if isinstance(e, MemoryError) or re.search("out of memory|allocate memory", str(e)):
-            line, status = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)", 1
-        elif WORLD > 1 and re.search("gloo|NCCL|Store", str(e)):
-            line, status = f"lost the other processes ({str(e).split('. ')[0][:200]}); the same command continues", 1
-        else:
+        fault = str(e) or "out of memory"
+        if not (advice := [FAULTS[words] for words in FAULTS if re.search(words, fault)]):
             raise
+        line, status = f"{advice[0]} ({fault[:200].split('. ')[0]})", 1
     print(f"{Path(sys.argv[0]).name}: {f'[rank {RANK}] ' * (RANK > 0)}{' '.join(line.split())}", file=sys.stderr)
     sys.exit(status)
 
 @contextmanager
 def atomic(path):
     """Yields a temporary name, renamed to `path` on success: readers find the old file or all of the new one."""
-    tmp = Path(path).with_name(f".tmp.{Path(path).name}")
+    path, tmp = Path(path), Path(path).with_name(f".tmp.{os.getpid()}.{Path(path).name}")
     try:
-        with reading(path, "cannot be written; is the disk full? What was there is intact", 1, (OSError, RuntimeError)):
+        with reading(path, "cannot be written; disk full? another process? What was there is intact", 1, (OSError, RuntimeError)):
+            [left.unlink(True) for left in path.parent.glob(f".tmp.[0-9]*.{path.name}")]    # of a process that was killed
             yield tmp
             with open(tmp, "rb+") as file:
                 os.fsync(file)                        # after a power cut, too
@@ -81,7 +82,7 @@ def atomic(path):
 def list_images(folder):
     """Sorted paths, relative to `folder`, of the image files in it and below it (known by extension)."""
     return sorted(os.path.relpath(os.path.join(root, file), folder) for root, _, files in os.walk(folder)
-                  for file in files if file.lower().endswith(EXTENSIONS))
+                  for file in files if file.lower().endswith(EXTENSIONS) and file[0] != ".")
 
 def open_rgb(path):
     """Any image file as RGB: its first frame, alpha dropped, not rotated by EXIF (ImageNet's convention). 16-bit
@@ -273,28 +274,27 @@ def main():
     add("--save", type=Path, metavar="FILE", help="write the samples' mu, sigma and n: a reference for later")
     add("--weights", type=Path, metavar="FILE", help=f"a copy of {WEIGHTS} (else downloaded once, 96 MB)")
     args = parser.parse_args()                        # now open everything, and refuse it if need be, before the network runs
-    need(not args.save or not args.save.exists() and os.access(args.save.parent, os.W_OK), f"--save {args.save}: no free name")
+    need(not (save := args.save) or os.access(save.parent, os.W_OK) and not save.exists(), f"--save {save}: exists, or no such folder")
+    need(WORLD == 1, "fid.py is for one process")
     reference = read_statistics(args.reference) if args.reference and not args.reference.is_dir() else None
     paths = [args.samples] if reference or not args.reference else [args.samples, args.reference]
     sets = [(path, images, next(images)) for path in paths for images in [read_images(path)]]
     for path, _, n in sets:
         need(n >= 10, f"{path}: {n} images; scores need 10 at the least, and thousands to mean something")
     net = Inception(args.weights).to(torch.accelerator.current_accelerator(True) or "cpu")
-    how = f"{args.weights or WEIGHTS}, TF1 resize"
     (mu, sigma, n, logits), *other = [extract(net, *images) for images in sets]
     if args.save:
         with atomic(args.save) as tmp, open(tmp, "wb") as file:           # dtypes as JiT's evaluation wants them
-            np.savez(file, mu=mu.astype(np.float32), sigma=sigma, n=n, source=f"fid.py {args.samples}, {how}")
-    line = "Inception Score {:.2f} +- {:.2f} | n = {:,} ({})".format(*inception_score(logits), n, args.samples)
+            np.savez(file, mu=mu.astype(np.float32), sigma=sigma, n=n, source=f"fid.py {args.samples}")
+    line = "Inception Score {:.2f} +- {:.2f} | n = {} ({})".format(*inception_score(logits), n, args.samples)
     if args.reference:
         mu2, sigma2, n2, *_ = reference or other[0]
-        distance, there = frechet_distance(mu, sigma, mu2, sigma2), f"= {n2:,}" if n2 else "unknown"
-        line = f"FID {distance:.3f} | {line} against n {there} ({args.reference})"
+        line = f"FID {frechet_distance(mu, sigma, mu2, sigma2):.3f} | {line} against n = {n2 or 'unknown'} ({args.reference})"
     for path, count in (args.samples, n), (args.reference, args.reference and n2):
         if count and count < 50_000:
             print(f"fid.py: {path}: {count:,} images; below 50,000 scores are biased: compare at equal n only"
-                  f"{'. Below 2,048 the covariance is singular' * (count < 2048)}", file=sys.stderr)
-    print(f"{line} | {how}" + f" | saved to {args.save}" * bool(args.save))
+                  f"{'. Below 2,048 the covariance is singular' * (count <= 2048)}", file=sys.stderr)
+    print(f"{line} | {args.weights or WEIGHTS}, TF1 resize" + f" | saved to {args.save}" * bool(args.save))
 
 if __name__ == "__main__":
     run(main)

@@ -52,7 +52,7 @@ class Config:
     lr: float = flag(0.0, "learning rate; 0: 5e-5 * batch / 256", 0)
     warmup_epochs: float = flag(5.0, "epochs of linear warm-up; the rate is constant afterwards", 0)
     cooldown: float = flag(0.0, "share of the steps at the end in which the rate falls to 0; the paper: none", 0, 1)
-    ema: float = flag(0.9999, "decay of the averaged weights, those that sample; 0.99 for a run of 1,000 steps", 0, 1)
+    ema: float = flag(0.9999, "decay of the averaged weights, those that sample; 0.99 for a run of 1,000 steps", 0, 0.99999)
     label_drop: float = flag(0.1, "share of labels replaced by the null class, for guidance", 0, 1)
     logit_t: tuple = flag((-0.8, 0.8), "t = sigmoid(n), n normal with this mean and standard deviation, for every target")
     t_eps: float = flag(0.05, "floor of the divisors 1 - t and t, in training and sampling", 1e-6, 1)
@@ -194,7 +194,7 @@ class JLT(nn.Module):
                  num_classes=1000, bottleneck=0):
         super().__init__()
         need(input_size % patch_size == 0 and hidden_size % (4 * num_heads) == 0,
-             f"patches of {patch_size} must tile {input_size} positions, {num_heads} heads share {hidden_size} channels in fours")
+             f"--patch-size {patch_size} does not divide {input_size}, or 4 x --num-heads {num_heads} not --hidden-size {hidden_size}")
         self.grid, self.patch_size, self.in_channels, self.num_classes = input_size, patch_size, in_channels, num_classes
         c, d, p, b = in_channels, hidden_size, patch_size, bottleneck     # b: 128 in the paper's text, 0 in its weights
         two = {"proj1": nn.Conv2d(c, b, p, p, bias=False), "proj2": nn.Conv2d(b, d, 1)} if b else {}
@@ -343,12 +343,12 @@ def sample_command(checkpoint, classes, n, given):
     need(not useless, f"--{min(useless, default='').replace('_', '-')}: has no use with --sample; the checkpoint decides")
     cfg = Config(**given)
     device, out = pick_device(cfg.device), Path(cfg.out or ("samples.npz" if n else "samples.png"))
-    out.exists() and [shutil.rmtree(left, True) for left in out.parent.glob(f".tmp.{out.name}.*")]      # killed in its last act
-    need(not out.exists() and out.parent.is_dir(), f"{out}: exists, or its folder does not; give another --out")
+    need(out.suffix == (".npz" if n else ".png"), f"--out {out}: needs the ending .npz with --n, .png with --classes")
+    need(not out.exists() and os.access(out.parent, os.W_OK), f"{out}: exists, or its folder is not there to write to")
     net, known = load_network(checkpoint)
-    need(given.get("target") in (None, known["target"]) or known["target"] not in ("x", "eps", "v"), "--target: it has its own")
+    need(given.get("target") in (None, known["target"]) or known["target"] not in ("x", "eps", "v"), "--target: the checkpoint has its own")
     cfg = replace(cfg, **{k: v for k, v in known.items() if k not in given})
-    need(n or 0 <= min(classes) <= max(classes) < net.num_classes, f"--classes: it has classes 0 to {net.num_classes - 1}")
+    need(n or 0 <= min(classes) <= max(classes) < net.num_classes, f"--classes: the checkpoint has classes 0 to {net.num_classes - 1}")
     labels = torch.arange(n) % net.num_classes if n else torch.tensor(classes)
     WORLD > 1 and dist.init_process_group("gloo", timeout=100 * dist.constants.default_pg_timeout)        # waits for all
     vae, micro = load_vae(cfg.vae, device), min(len(labels), cfg.micro_batch or 256)
@@ -357,12 +357,11 @@ def sample_command(checkpoint, classes, n, given):
     parts, net = out.with_name(f".tmp.{out.name}.{digest}"), compiled(net.to(device), cfg, device)
     files = {first: parts / f"{first:09d}.npy" for first in range(0, len(labels), micro)}
     for first in tqdm(list(files)[RANK::WORLD], unit=f"x {micro} images", disable=RANK > 0):
-        if not files[first].exists():
+        if not files[first].exists():                 # the last batch is filled up: one shape to compile for
             parts.mkdir(parents=True, exist_ok=True)
-            y = labels.roll(-first)[:micro]           # also at the end: one shape to compile for
-            images = pictures(vae, generate(net, y, first, cfg, device))[:len(labels) - first].permute(0, 2, 3, 1)
+            images = pictures(vae, generate(net, labels.roll(-first)[:micro], first, cfg, device)[:len(labels) - first])
             with atomic(files[first]) as tmp:
-                np.save(tmp, images.contiguous().numpy())
+                np.save(tmp, images.permute(0, 2, 3, 1).contiguous().numpy())
     WORLD > 1 and (dist.barrier(), dist.destroy_process_group())
     if RANK:
         return
@@ -375,7 +374,7 @@ def sample_command(checkpoint, classes, n, given):
         else:
             rows = max(d for d in range(1, math.isqrt(len(labels)) + 1) if len(labels) % d == 0)  # as square as it gets
             save_grid(out, torch.from_numpy(np.concatenate([*images])).permute(0, 3, 1, 2), len(labels) // rows)
-    shutil.rmtree(parts)
+    [shutil.rmtree(left) for left in out.parent.iterdir() if left.name[:-12] == f".tmp.{out.name}."]     # other settings' batches, too
     print(f"wrote {out}: {cfg.target}-prediction, {cfg.sample_steps} Heun steps, guidance {cfg.cfg} on {cfg.interval}, seed {cfg.seed}")
 
 # ================================================================ training
@@ -389,8 +388,7 @@ def forward_flops(net):
 def build(cfg, shape, num_classes, device):
     """Network, its average (EMA) and optimizer, for latents of `shape` (C, H, W)."""
     torch.manual_seed(cfg.seed)                       # initial weights: the same on every rank, for every target
-    net = JLT(shape[1], cfg.patch_size, shape[0], cfg.hidden_size, cfg.depth, cfg.num_heads, num_classes, cfg.bottleneck)
-    net.to(device)
+    net = JLT(shape[1], cfg.patch_size, shape[0], cfg.hidden_size, cfg.depth, cfg.num_heads, num_classes, cfg.bottleneck).to(device)
     opt = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
     return net, copy.deepcopy(net).requires_grad_(False), opt
 
@@ -436,7 +434,9 @@ def train(cfg):
     if RANK == 0 and 0 < cfg.sample_every <= cfg.steps:
         try:
             vae = load_vae(cfg.vae, device)
+            need(isinstance(vae, dict) or len(vae.bn.running_mean) == data.shape[0], f"{cfg.vae}: not for {data.shape[0]} channels")
         except Stop as e:
+            vae = None
             print(f"no pictures on the way: {e.args[0]}", flush=True)
     loss_fn, flops = compiled(flow_loss, cfg, device), 3 * forward_flops(net)           # a backward pass costs two forward ones
     warmup = max(1, round(cfg.warmup_epochs * len(data) / cfg.batch))
@@ -483,7 +483,7 @@ def train(cfg):
                       f"lr {lr:.2e} | {row['ms']:.0f} ms/step {row['images_per_s']:,.0f} images/s | mfu {row['mfu']:.1%} "
                       f"{row['gib']:.1f} GiB | eta {tqdm.format_interval((cfg.steps - step) * seconds)}", flush=True)
                 if step % (10 * cfg.log_every) == 0:
-                    print("  loss by t, from noise to data:", *(f"{v:.3f}" if v else "-" for v in row["loss_by_t"]), flush=True)
+                    print("  loss by t, from noise to data:", *("-" if v is None else f"{v:.3f}" for v in row["loss_by_t"]), flush=True)
                 with reading(log_file, "cannot be written; is the disk full?", 1), open(log_file, "a") as file:
                     file.write(json.dumps(row) + "\n")
         if save and RANK == 0:
@@ -497,8 +497,7 @@ def train(cfg):
         clock = clock if recent else time.perf_counter()                  # saving and drawing are not training
         if stop:
             break
-    for s in before:
-        signal.signal(s, before[s])
+    [signal.signal(*pair) for pair in before.items()]
     WORLD > 1 and dist.destroy_process_group()
     need(not stop, f"{out}: stopped by a signal, saved at step {step:,}; the same command continues", 130)
     RANK or print(f"{out}: {max(start, cfg.steps):,} steps done; samples: python jlt.py --sample {out} --classes 0 1")
@@ -558,7 +557,7 @@ def geometry(folder, cfg):
     folder or cache_digits(folder := Path("runs/digits"))
     data, p, out = LatentDataset(folder), resolve(cfg).patch_size, Path(cfg.out or "geometry.png")
     need(data.shape[1] % p == 0 and len(data) > 1, f"{folder}: {len(data)} latents {data.shape} have no {p} x {p} statistics")
-    need(out.parent.is_dir() and not (cfg.out and out.exists()), f"{out}: exists, or its folder does not; give another --out")
+    need(os.access(out.parent, os.W_OK) and not (cfg.out and out.exists()), f"{out}: exists, or its folder is not there to write to")
     rows = lambda index: tokens(torch.stack([data.item(i)[0] for i in index]), p)
     statistics = Statistics(data.shape[0] * p * p)
     for i in tqdm(range(0, len(data), 64), unit="x 64 latents"):
@@ -685,7 +684,8 @@ def main():
     given = {k: tuple(v) if k in ("interval", "logit_t") else v for k, v in vars(parser.parse_args()).items()}
     show, folder, speed, checkpoint, classes, n = (given.pop(k) for k in ("demo", "geometry", "bench", "sample", "classes", "n"))
     need(checkpoint is not None or classes is n is None, "--classes and --n go with --sample CKPT")
-    need(not show or "data" not in given, "--data: has no use with --demo, which draws its own")
+    useless = given.keys() & {"data", "vae"} if show else given.keys() - {"model", "patch_size", "out"} if folder is not None else ()
+    need(not useless, f"--{min(useless, default='').replace('_', '-')}: has no use with --demo or --geometry")
     need(WORLD == 1 or not (show or speed or folder is not None), "--demo, --geometry and --bench are for one process")
     if checkpoint is not None:
         sample_command(checkpoint, classes, n, given)

@@ -1,6 +1,6 @@
 """What must hold of JLT, checked from first principles: exact values by hand or in float64, properties, and the
 command lines as a user types them. CPU, offline, under 3 minutes on 2 cores:  pytest"""
-import contextlib, importlib, json, math, os, pickle, re, shutil, signal, subprocess, sys, threading, time
+import contextlib, faulthandler, importlib, json, math, os, pickle, re, shutil, signal, subprocess, sys, threading, time
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -1668,8 +1668,7 @@ def test_a_cache_is_read_while_it_is_written(tmp_path):
     assert all((x == y).all() for x, y in data)
 
 def test_pipes_are_not_waited_for(vae, cli, tmp_path):
-    signal.signal(signal.SIGALRM, signal.default_int_handler)            # whoever waits is interrupted, and the test fails
-    signal.alarm(60)
+    faulthandler.dump_traceback_later(60, exit=True)                     # who waits for ever is killed, and pytest with it
     (tmp_path / "photos/a").mkdir(parents=True)
     os.mkfifo(tmp_path / "photos/a/pipe.png")
     Image.new("RGB", (20, 20), "red").save(tmp_path / "photos/a/red.png")
@@ -1678,5 +1677,5 @@ def test_pipes_are_not_waited_for(vae, cli, tmp_path):
     (tmp_path / "cache").mkdir()
     os.mkfifo(tmp_path / "cache/latents_00000.safetensors")
     refused(cli(jlt, *TINY, "--data", tmp_path / "cache"), "latents_00000", status=1)
-    signal.alarm(0)
+    faulthandler.cancel_dump_traceback_later()
     refused(cli(fid, tmp_path / "photos", tmp_path / "photos"), "2 images; scores need 10")

@@ -24,10 +24,10 @@ URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{W
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".mpo")
 RANK, WORLD, LOCAL = (int(os.environ.get(k, n)) for k, n in dict(RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1).items())   # torchrun's
 PARSER = dict(usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-# ---------------------------------------------------------------- faults and files, for all three programs
 FAULTS = {"DataLoader worker": "lower --workers", "gloo|NCCL|TCPStore": "lost the other processes; the same command continues",
           "out of memory|allocate": "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)"}      # torch's words
+
+# ---------------------------------------------------------------- faults and files, for all three programs
 class Stop(ValueError):
     """Stop(line, status=2): a fault that one line explains; exit status 2 for bad usage, 1 for a fault on the way."""
 

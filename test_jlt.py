@@ -748,6 +748,17 @@ def test_center_crop_is_adms():
     assert encode.center_crop(image.resize((3, 2)), 32).size == (32, 32)
     assert np.array_equal(encode.center_crop(image.crop((0, 0, 32, 32)), 32), image.crop((0, 0, 32, 32)))
 
+@pytest.mark.filterwarnings("error")
+def test_transparency_is_dropped_in_silence(tmp_path):
+    """Pillow warns of palettes whose transparency is a list of bytes, and leaves it where it makes no sense."""
+    palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("P")
+    palette.save(tmp_path / "bytes.png", transparency=bytes(range(64)))
+    palette.save(tmp_path / "index.gif", transparency=3)
+    for name in ("bytes.png", "index.gif"):
+        image = encode.open_rgb(tmp_path / name)
+        assert image.mode == "RGB" and "transparency" not in image.info
+        assert np.array_equal(np.asarray(image), np.asarray(palette.convert("RGB")))
+
 def test_latents_are_normalised_patches_of_the_posterior_mode(vae):
     model = encode.load_vae(str(vae))
     images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -293,7 +293,7 @@ def main():
     for path, count in (args.samples, n), (args.reference, args.reference and n2):
         if count and count < 50_000:
             print(f"fid.py: {path}: {count:,} images; below 50,000 scores are biased: compare at equal n only"
-                  f"{'. Below 2,048 the covariance is singular' * (count <= 2048)}", file=sys.stderr)
+                  f"{'. Up to 2,048 the covariance is singular' * (count <= 2048)}", file=sys.stderr)
     print(f"{line} | {args.weights or WEIGHTS}, TF1 resize" + f" | saved to {args.save}" * bool(args.save))
 
 if __name__ == "__main__":

@@ -1679,7 +1679,7 @@ def test_a_cache_is_read_while_it_is_written(tmp_path):
     assert all((x == y).all() for x, y in data)
 
 def test_pipes_are_not_waited_for(vae, cli, tmp_path):
-    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)                     # who waits for ever is killed, and pytest with it
+    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)        # who waits for ever is killed, and pytest with it
     (tmp_path / "photos/a").mkdir(parents=True)
     os.mkfifo(tmp_path / "photos/a/pipe.png")
     Image.new("RGB", (20, 20), "red").save(tmp_path / "photos/a/red.png")

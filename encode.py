@@ -1,280 +1,817 @@
-"""Images to FLUX.2 latents: the cache that jlt.py trains on.
+"""Pictures to FLUX.2 latents: the cache that jlt.py trains on.
 
-    python encode.py imagenet/                        # imagenet/train/<class>/*.JPEG -> latents/
-    python encode.py photos/ --out latents_photos     # any folder of class folders
-    torchrun --nproc-per-node 2 encode.py imagenet/   # several GPUs or hosts share the shards
+    python encode.py imagenet/                         # imagenet/train/<class>/*.JPEG -> latents/
+    python encode.py photos/ --out latents_photos      # any folder of class folders
+    torchrun --nproc-per-node 2 encode.py imagenet/    # several GPUs or hosts share the work
 
-Look at latents/reconstructions.png first: originals, each with what its latent decodes to at its right. Interrupted?
-Run the same command again: finished shards are kept, the one in flight is made anew.
+Look at latents/reconstructions.png first: originals, and at the right of each what its latent
+decodes to. Interrupted? Run the same command again: finished shards stay, the one in flight is
+made anew.
+
+This file is also the ground that jlt.py and fid.py stand on. From top to bottom: errors and
+files, pictures, the VAE, the cache, the command; at the end the digits of `jlt.py --demo`.
 """
-import argparse, hashlib, json, os, sys, time
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch, torch.nn as nn, torch.nn.functional as F
-from PIL import Image
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fid import LOCAL, PARSER, RANK, WORLD, atomic, conv, list_images, need, open_rgb, reading, run
+# The default VAE: Apache-2.0, in the folder vae/ of this repository.
+VAE = "black-forest-labs/FLUX.2-klein-4B"
 
-VAE = "black-forest-labs/FLUX.2-klein-4B"             # Apache-2.0; the VAE is in its folder vae/
 
-# ---------------------------------------------------------------- devices and images
-def pick_device(name=None):
-    """"cuda", "cuda:1", "mps", "cpu" or None, the best there is; under torchrun every process has its own GPU."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if (name or best) == "cuda" else name or best
+# =============================================================== errors and files
+class Stop(ValueError):
+    """A fault that one line explains. Exit status 2 is bad usage, 1 a fault on the way."""
+
+    def __init__(self, line, status=2):
+        super().__init__(line)
+        self.status = status
+
+
+def require(condition, line, status=2):
+    """Raises Stop with this line unless the condition holds."""
+    if not condition:
+        raise Stop(line, status)
+
+
+@contextlib.contextmanager
+def reading(what, advice, status=2):
+    """Makes a Stop of whatever goes wrong inside: Pillow, zip, safetensors, torch.load and the
+    hub each have errors of their own."""
+    try:
+        yield
+    except (Stop, MemoryError):
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
+        raise Stop(f"{what}: {advice} ({reason or type(error).__name__})", status) from None
+
+
+def processes():
+    """-> this process's number and how many there are, as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def run(main):
+    """Calls main(). A foreseeable fault becomes one line on stderr and an exit status."""
+    rank, _ = processes()
+    try:
+        return main()
+    except Stop as error:
+        line, status = str(error), error.status
+    except KeyboardInterrupt:
+        line, status = "interrupted", 130
+    except OSError as error:
+        # A full disk, a permission, a network drive that is gone.
+        line, status = f"{error.filename or 'a file'}: {error.strerror or error}", 1
+    except (MemoryError, torch.OutOfMemoryError):
+        line = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)"
+        status = 1
+    if rank == 0 or status != 2:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    else:
+        # All processes make the same mistake and the first one says it; torchrun ends it as soon
+        # as another has left.
+        time.sleep(2)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary name that becomes `path` once the file is written: whoever reads `path`
+    finds what was there before or all of the new file, also after a power cut."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp.{os.getpid()}.{path.name}")
+    try:
+        # Left behind by a process that was killed while it wrote this file.
+        for leftover in path.parent.glob(f".tmp.[0-9]*.{path.name}"):
+            leftover.unlink(missing_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError.
+        reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
+        line = f"{path}: cannot be written; is the disk full? What was there is intact ({reason})"
+        raise Stop(line, status=1) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_new(path):
+    """Raises Stop unless a file can be written to `path` without replacing another."""
+    path = Path(path)
+    require(not path.exists(), f"{path}: exists already; give another name, or remove it")
+    require(path.parent.is_dir(), f"{path}: there is no folder {path.parent}; make it first")
+    writable = os.access(path.parent, os.W_OK)
+    require(writable, f"{path}: no permission to write in the folder {path.parent}")
+
+
+def make_parser(description):
+    """An ArgumentParser whose complaints are one line: without `usage`, nothing precedes them."""
+    return argparse.ArgumentParser(
+        description=description,
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def pick_device(name=""):
+    """cuda, cuda:1, mps, cpu, or "" for the best there is -> torch.device. Under torchrun every
+    process has a GPU of its own. Raises Stop for a device that is not there."""
+    best = "cpu"
+    if torch.backends.mps.is_available():
+        best = "mps"
+    if torch.cuda.is_available():
+        best = "cuda"
+    name = name or best
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with reading(f"--device {name}", f"not on this machine, which has {best}"):
-        name.startswith("cuda") and torch.cuda.set_device(name)
-        torch.ones(1, device=name).item()             # "meta" is a device, too, but computes nothing
-        return torch.device(name)
+        torch.ones(1, device=name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+# =============================================================== pictures
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
+    *(".ppm", ".pgm", ".tif", ".tiff", ".mpo"),
+)
+EXIF_ORIENTATION = 0x0112  # 1 is upright; a camera held on its side writes 6 or 8
+
+
+def is_image(name):
+    """By its ending; names that begin with a dot are what Macs and notebooks leave behind."""
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def list_images(folder):
+    """Sorted paths, relative to `folder`, of the image files in it and below it."""
+    found = []
+    for root, _, names in os.walk(folder):
+        found += [
+            os.path.relpath(os.path.join(root, name), folder) for name in filter(is_image, names)
+        ]
+    return sorted(found)
+
+
+def open_rgb(path, turn=False):
+    """Any image file as an RGB PIL image: its first frame, transparency dropped, 16-bit grayscale
+    scaled to 8 bits. `turn` rotates it as its EXIF data asks; ImageNet's convention is not to."""
+    with Image.open(path) as image:
+        if turn:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            # Pillow's convert would clip 16 bits to white.
+            image = Image.fromarray(
+                (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)
+            )
+        # Of a palette: Pillow would warn of it, and refuse to save the result.
+        image.info.pop("transparency", None)
+        return image.convert("RGB")
+
 
 def center_crop(image, size):
-    """PIL image -> size x size. ADM's crop (guided-diffusion): halve with a box filter while the short side is at
-    least 2 * size, bicubic until it is `size`, cut out the centre. Raises Stop for endless strips."""
+    """PIL image -> its centre, size x size pixels. ADM's crop (guided-diffusion): halve with a box
+    filter while the short side is at least twice `size`, bicubic until it is `size`, cut out."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    width, height = (round(side * (size / min(image.size))) for side in image.size)
-    need(width * height < 2 * Image.MAX_IMAGE_PIXELS, f"{image.width} x {image.height} is too long a strip for a square crop")
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height), Image.BICUBIC).crop((left, top, left + size, top + size))
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
-def to_uint8(images):                                 # any shape, in [-1, 1]
+
+def to_float(images):
+    """uint8 -> float32 in [-1, 1]."""
+    return images / 127.5 - 1
+
+
+def to_uint8(images):
+    """Values in [-1, 1] -> uint8, any shape."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-def save_grid(path, images, columns):
-    """Writes uint8 images (N, 3, H, W), N a multiple of `columns`, as one PNG, row by row, without gaps."""
-    sheet = images.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    with atomic(path) as tmp:
-        Image.fromarray(sheet.cpu().numpy()).save(tmp, "PNG")
 
-# ---------------------------------------------------------------- the VAE
-def load_vae(name=VAE, device="cpu"):
-    """The frozen AutoencoderKLFlux2 of a hub repository or local folder (there, or in its vae/), or the digits' codec.
-    Raises Stop where there is none, or where the weights are another model's."""
-    with reading(f"--vae {name}", f"no AutoencoderKLFlux2 there; try: hf download {VAE} --include 'vae/*' --local-dir flux2"):
-        if str(name).endswith("codec.safetensors"):
-            return load_file(name)
-        from diffusers import AutoencoderKLFlux2, logging               # here: the import takes seconds
+def save_png(path, image):
+    """Writes a uint8 image (3, H, W)."""
+    with replacing(path) as temporary:
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG")
+
+
+def image_grid(images, columns):
+    """uint8 images (N, 3, H, W), N a multiple of `columns` -> one (3, rows H, columns W)."""
+    rows = images.unflatten(0, (-1, columns))  # (rows, columns, 3, H, W)
+    return rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+
+
+# =============================================================== the VAE
+class Flux2VAE:
+    """The frozen FLUX.2 autoencoder (diffusers' AutoencoderKLFlux2), with latents as a transformer
+    takes them. Every 2x2 positions of its own 32 channels are one position of 128, normalised by
+    the statistics of its BatchNorm layer `bn`, which diffusers leaves to the caller."""
+
+    def __init__(self, autoencoder):
+        self.autoencoder = autoencoder
+        self.device = autoencoder.device
+        self.channels = len(autoencoder.bn.running_mean)
+        variance = autoencoder.bn.running_var + autoencoder.config.batch_norm_eps
+        self.mean = autoencoder.bn.running_mean.view(-1, 1, 1)  # (128, 1, 1)
+        self.std = variance.sqrt().view(-1, 1, 1)
+
+    @torch.no_grad()
+    def encode(self, images):
+        """(B, 3, H, W) in [-1, 1] -> (B, 128, H/16, W/16) float32, the posterior's mode."""
+        images = images.to(self.device, self.autoencoder.dtype)
+        latents = self.autoencoder.encode(images).latent_dist.mode().float()  # (B, 32, H/8, W/8)
+        # Channel c * 4 + row * 2 + column.
+        return (F.pixel_unshuffle(latents, 2) - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """(B, 128, h, w) -> (B, 3, 16h, 16w) float32, about in [-1, 1]."""
+        latents = latents.to(self.device).float() * self.std + self.mean
+        latents = F.pixel_shuffle(latents, 2)  # (B, 32, 2h, 2w)
+        return self.autoencoder.decode(latents.to(self.autoencoder.dtype)).sample.float()
+
+    def fingerprint(self):
+        """A digest of the weights that make latents; the decoder may be replaced by another."""
+        digest = hashlib.sha256()
+        for name, tensor in self.autoencoder.state_dict().items():
+            if "decoder" not in name and "post" not in name:
+                digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_vae(name=VAE, device="cpu", compiled=False):
+    """The VAE of a hub repository or of a local folder (there, or in its vae/), frozen; or, from a
+    file codec.safetensors, the digits' DigitCodec. Raises Stop where there is none, or where the
+    weights are another model's. `compiled`: for many images of one shape, on CUDA."""
+    if str(name).endswith("codec.safetensors"):
+        with reading(f"--vae {name}", "not a codec of drawn digits; jlt.py --demo makes one"):
+            return DigitCodec(**load_file(name))
+    by_hand = f"hf download {VAE} --include 'vae/*' --local-dir flux2"
+    with reading(f"--vae {name}", f"no AutoencoderKLFlux2 there; to fetch one: {by_hand}"):
+        # Here, since the import takes seconds.
+        from diffusers import AutoencoderKLFlux2, logging
         from huggingface_hub import snapshot_download
+
         logging.set_verbosity_error()
-        files = ["vae/*", "config.json", "diffusion_pytorch_model.safetensors"]
-        root = Path(name if Path(name).is_dir() else snapshot_download(str(name), allow_patterns=files))
-        folder = root / "vae" if (root / "vae").is_dir() else root
-        vae, report = AutoencoderKLFlux2.from_pretrained(folder, output_loading_info=True, local_files_only=True)
-        need(not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), f"--vae {name}: other weights")
-    vae = vae.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    for module in (vae.encoder, vae.decoder) if vae.device.type == "cuda" else ():      # vae.encode skips a compiled vae
-        module.compile(dynamic=False)
-    return vae
+        folder = Path(name)
+        if not folder.is_dir():
+            files = ["vae/*", "config.json", "diffusion_pytorch_model.safetensors"]
+            folder = Path(snapshot_download(str(name), allow_patterns=files))
+        if (folder / "vae").is_dir():
+            folder = folder / "vae"
+        autoencoder, report = AutoencoderKLFlux2.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True
+        )
+        # diffusers only warns of these.
+        problems = [
+            key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]
+        ]
+        require(not problems, f"--vae {name}: holds the weights of another model")
+    autoencoder = autoencoder.eval().requires_grad_(False)
+    autoencoder = autoencoder.to(device, memory_format=torch.channels_last)
+    if compiled:
+        # Not the whole: autoencoder.encode would pass a compiled forward by.
+        autoencoder.encoder.compile(dynamic=False)
+        autoencoder.decoder.compile(dynamic=False)
+    return Flux2VAE(autoencoder)
 
-@torch.no_grad()
+
 def encode(vae, images):
-    """Images (B, 3, H, W) in [-1, 1] -> normalised latents (B, 128, H/16, W/16), float32: the posterior's mode, 2x2 pixels
-    to channels (c*4 + row*2 + column), and the VAE's own BatchNorm statistics, which diffusers leaves to its caller."""
-    if isinstance(vae, dict):                         # the digits' codec, below
-        return torch.einsum("bchw,cd->bdhw", F.pixel_unshuffle(images, 16) - vae["mean"], vae["basis"]) / vae["scale"]
-    latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode().float()   # (B, 32, H/8, W/8)
-    return F.batch_norm(F.pixel_unshuffle(latents, 2), vae.bn.running_mean, vae.bn.running_var, eps=vae.config.batch_norm_eps)
+    """Images (B, 3, H, W) in [-1, 1] -> normalised latents (B, 128, H/16, W/16), float32."""
+    return vae.encode(images)
 
-@torch.no_grad()
+
 def decode(vae, latents):
-    """The inverse: normalised latents (B, 128, h, w) -> images (B, 3, 16h, 16w), float32."""
-    if isinstance(vae, dict):
-        latents = latents.cpu().float() * vae["scale"]
-        return F.pixel_shuffle(torch.einsum("bdhw,cd->bchw", latents, vae["basis"]) + vae["mean"], 16)
-    mean, var = vae.bn.running_mean.view(-1, 1, 1), vae.bn.running_var.view(-1, 1, 1)
-    need(latents.shape[1] == len(mean), f"this VAE decodes {len(mean)} channels, the latents have {latents.shape[1]}")
-    latents = F.pixel_shuffle(latents.to(vae.device).float() * (var + vae.config.batch_norm_eps).sqrt() + mean, 2)
-    return vae.decode(latents.to(vae.dtype)).sample.float()                             # of (B, 32, 2h, 2w)
+    """Normalised latents (B, 128, h, w) -> images (B, 3, 16h, 16w), about in [-1, 1]."""
+    return vae.decode(latents)
 
-# ---------------------------------------------------------------- the built-in data: digits, and a codec for them
-STROKES = ("50 20 13 16 29 59 86 83 50 20", "22 50 59", "12 30 60 82 74 19 89", "11 40 70 82 64 44 64 86 78 49 18",
-           "60 16 86 66 60 69", "80 20 14 54 86 78 49 18", "70 32 15 18 49 78 86 65 35 16", "10 80 39",
-           "54 22 20 60 82 54 16 18 49 79 86 54", "29 67 84 81 50 21 13 34 64 83")      # 0 to 9: pen paths, "xy" each
 
-def draw_digits(n, seed):
-    """Images uint8 (n, 3, 32, 32) and labels (n,) of classes 0, 1, ..., 9, 0, ...: bright strokes on dark paper, of
-    random colour, thickness, shape, slant, rotation, size and position. A pixel is ink by its distance to the path."""
-    g, labels = torch.Generator().manual_seed(seed), torch.arange(n) % 10
-    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(n, *shape, generator=g)
-    paths = torch.tensor([[int(xy[0]) + 1j * int(xy[1]) for xy in (s.split() + 12 * [s[-2:]])[:12]] for s in STROKES])    # x + iy
-    p = paths[labels] / 9 - (0.5 + 0.5j) + 0.012 * torch.complex(*torch.randn(2, n, 12, generator=g))    # (n, 12)
-    p = 0.75 * p.real + uniform(-0.15, 0.15, 1) * p.imag + 1j * p.imag
-    p = p * torch.polar(uniform(20, 24, 1), uniform(-0.12, 0.12, 1)) + torch.complex(*uniform(14.5, 17.5, 2, 1).unbind(1))
-    pixels = (torch.arange(32) + 0.5 + 1j * (torch.arange(32)[:, None] + 0.5)).flatten()                 # (1024,)
-    width, ink, paper, images = uniform(2.2, 3.6), uniform(0.6, 1, 3, 1), uniform(0, 0.3, 3, 1), []
-    for k in torch.arange(n).split(500):
-        start, way = p[k, :-1, None], p[k].diff()[..., None]                                             # (k, 11, 1)
-        along = ((pixels - start) * way.conj()).real / way.abs().square().clamp(min=1e-6)                # (k, 11, 1024)
-        distance = (pixels - start - along.clamp(0, 1) * way).abs().amin(1)                              # (k, 1024)
-        cover = (width[k, None] / 2 - distance + 0.5).clamp(0, 1)[:, None]
-        images.append(((paper[k] + (ink[k] - paper[k]) * cover) * 255).round().to(torch.uint8).view(-1, 3, 32, 32))
-    return torch.cat(images), labels
+# =============================================================== the cache
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
-def cache_digits(folder, n=10_000):
-    """Writes n digits as a cache like any other, unless they are there, with their codec, FLUX.2's VAE in miniature: a
-    16x16x3 patch becomes its 128 principal components, all over one scale, so that low variances stay low."""
-    codec_file, shard = folder / "codec.safetensors", folder / "latents_00000.safetensors"
-    if not shard.exists():
-        images, labels = draw_digits(n, seed=1)
-        patches = F.pixel_unshuffle(images / 127.5 - 1, 16).movedim(1, -1).flatten(0, 2)                 # (4n, 768)
-        values, vectors = torch.linalg.eigh(torch.cov(patches.T))                                        # ascending
-        codec = {"mean": patches.mean(0)[:, None, None], "basis": vectors[:, -128:].flip(1).contiguous(),
-                 "scale": values[-128:].mean().sqrt()}
-        z = encode(codec, images / 127.5 - 1)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic(codec_file) as tmp:
-            tmp.write_bytes(save(codec))
-        save_shard(shard, z, z, labels, vae=str(codec_file.resolve()))              # a mirrored 3 is no digit
 
-def digit_judge(images, labels, steps=250):
-    """The demo's Inception, trained in seconds on these digits: images (B, 3, 32, 32) in [-1, 1] -> logits (B, 10)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = nn.Sequential(conv(3, 16, "3x3/2"), conv(16, 32, "3x3/2"), conv(32, 64, "3x3/2"), nn.Flatten(),
-                            nn.Linear(64 * 9, 64), nn.ReLU(), nn.Linear(64, 10))
-        order = torch.randint(len(images), (steps, 128))
-    opt = torch.optim.Adam(net.parameters(), 2e-3)
-    for batch in order:
-        F.cross_entropy(net(images[batch] / 127.5 - 1), labels[batch]).backward()
-        opt.step()
-        opt.zero_grad()
-    return net.eval().requires_grad_(False)
+@dataclass
+class Shard:
+    """One file of a cache, as its header describes it."""
 
-# ---------------------------------------------------------------- the cache
-def save_shard(path, latents, flipped, labels, **header):
-    tensors = {"latents": latents.half().contiguous(), "latents_flip": flipped.half().contiguous(), "labels": labels.int()}
-    with atomic(path) as tmp:                         # one key: safetensors writes several in random order
-        tmp.write_bytes(save(tensors, {"encode": json.dumps(header)}))
+    path: Path
+    settings: dict  # what encode.py wrote about the cache; empty in other programs' files
+    labels: torch.Tensor  # (n,)
+    shape: tuple  # of one latent, (C, H, W)
+    dtype: torch.dtype
+    offsets: dict  # where "latents" and, if there, "latents_flip" begin, in bytes
+
+    def read(self, i, flip=False):
+        """-> latent i (C, H, W), of the mirrored image if asked for and there."""
+        flip = flip and "latents_flip" in self.offsets
+        size = math.prod(self.shape) * self.dtype.itemsize
+        data = bytearray(size)
+        # Read, not mapped: a page fault would fetch the disk's whole read-ahead, up to 8 MB, for
+        # these 64 KB.
+        with open(self.path, "rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            file.seek(self.offsets["latents_flip" if flip else "latents"] + i * size)
+            require(file.readinto(data) == size, f"{self.path}: is shorter than it was", 1)
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
+
+def save_shard(path, latents, latents_flip, labels, **settings):
+    """Writes latents, and those of the mirrored images, (N, C, H, W) as fp16; labels as int32."""
+    tensors = {
+        "latents": latents.half().contiguous(),
+        "latents_flip": latents_flip.half().contiguous(),
+        "labels": labels.int(),
+    }
+    with replacing(path) as temporary:
+        # One key: safetensors would write several in random order.
+        temporary.write_bytes(save(tensors, {"encode": json.dumps(settings)}))
+
 
 def open_shard(path):
-    """-> header (dict), tensors by name, mapped from disk rather than read. Raises Stop if damaged."""
+    """-> Shard. Raises Stop for a damaged file, or one that holds no latents."""
     advice = "no shard of latents (N, C, H, W) and labels (N,); delete it and encode again"
-    with reading(path, advice, 1), safe_open(path if path.is_file() else "", "pt") as file:              # a pipe would block
-        shard = {key: file.get_tensor(key) for key in file.keys()}
-        (n, c, h, w), y, flipped = (x := shard["latents"]).shape, shard["labels"], shard.get("latents_flip", x)
-        need(c and h == w > 0 and (flipped.shape, y.shape) == (x.shape, (n,)) and not y.is_floating_point(), f"{path}: {advice}", 1)
-        return dict(json.loads((file.metadata() or {}).get("encode", "{}"))), shard
+    with reading(path, advice, status=1):
+        # safetensors checks its header against the file's length.
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            labels = file.get_tensor("labels").long()
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        latents = header["latents"]
+        flipped = header.get("latents_flip", latents)
+        count, *shape = latents["shape"]
+        fits = len(shape) == 3 and shape[1] == shape[2] and labels.shape == (count,)
+        fits = (
+            fits and flipped["shape"] == latents["shape"] and flipped["dtype"] == latents["dtype"]
+        )
+        require(fits, f"{path}: {advice}", 1)
+        return Shard(
+            path=path,
+            settings=json.loads(metadata.get("encode", "{}")),
+            labels=labels,
+            shape=tuple(shape),
+            dtype=DTYPES[latents["dtype"]],
+            offsets={
+                name: 8 + length + header[name]["data_offsets"][0]
+                for name in ("latents", "latents_flip")
+                if name in header
+            },
+        )
+
 
 class LatentDataset(Dataset):
-    """A folder of cached latents, memory-mapped: item(i) is (latent (C, H, W) float32, label), item(i, True) that of the
-    mirrored image, if there. Raises Stop for a cache (also the paper's) that is missing, unfinished, damaged or mixed."""
+    """A folder of cached latents, ours or the released code's. Item i is (latent (C, H, W)
+    float32, label); item(i, flip=True) is that of the mirrored image. Raises Stop for a cache that
+    is missing, unfinished, damaged or mixed.
+
+    `shape` (C, H, W), `labels` (N,), `num_classes`, `class_names` (empty where they are not
+    known), `settings` of the first shard; `origin` tells caches of other pictures or encoders."""
+
     def __init__(self, folder):
-        files = sorted(Path(folder).glob("latents_*.safetensors"))
-        need(files, f"{folder}: holds no latents_*.safetensors; make them: python encode.py IMAGES --out {folder}")
-        self.headers, self.shards = zip(*map(open_shard, files))
-        there, n, want = [h.get("number", k) for k, h in enumerate(self.headers)], len(files), self.headers[0].get("shards", len(files))
-        need([n, *there] == [want, *range(n)], f"{folder}: {n} of {want} shards; the same encode.py command finishes it")
-        self.ends = np.cumsum([len(shard["labels"]) for shard in self.shards])
-        self.labels = torch.cat([shard["labels"] for shard in self.shards]).long()
-        kinds = {(tuple(s["latents"].shape[1:]), str(h.get("encoder")), str(h.get("files"))) for s, h in zip(self.shards, self.headers)}
-        need(len(kinds) == 1, f"{folder}: mixes latents of different shape or origin {kinds}; keep one cache in a folder")
-        self.shape, *self.origin = kinds.pop()        # (C, H, W); digests of the encoder and of the file names
-        low, high = map(int, self.labels.aminmax()) if len(self) else (-1, -1)
-        self.num_classes = self.headers[0].get("classes", high + 1)
-        need(isinstance(self.num_classes, int) and 0 <= low <= high < self.num_classes,
-             f"{folder}: holds no latents (was no image readable?), or labels ({low} to {high}) of {self.num_classes} classes")
+        folder = Path(folder)
+        require(
+            folder.is_dir(), f"{folder}: no such folder; encode.py IMAGES --out {folder} makes it"
+        )
+        paths = sorted(folder.glob("latents_*.safetensors"))
+        require(paths, f"{folder}: holds no latents_*.safetensors; encode.py makes them")
+        self.shards = [open_shard(path) for path in paths]
+        self.settings = self.shards[0].settings
+
+        # Every shard of ours knows its number, and how many there are to be.
+        wanted = self.settings.get("shards", len(paths))
+        numbers = [shard.settings.get("number", k) for k, shard in enumerate(self.shards)]
+        complete = numbers == list(range(wanted))
+        require(
+            complete,
+            f"{folder}: {len(paths)} of {wanted} shards; the same encode.py command finishes it",
+        )
+
+        kinds = {
+            (shard.shape, shard.dtype, shard.settings.get("encoder"), shard.settings.get("files"))
+            for shard in self.shards
+        }
+        require(len(kinds) == 1, f"{folder}: mixes latents of different shape or origin {kinds}")
+        self.shape = self.shards[0].shape
+        self.origin = (self.settings.get("encoder"), self.settings.get("files"))
+
+        self.labels = torch.cat([shard.labels for shard in self.shards])
+        require(len(self.labels), f"{folder}: holds no latents; was no image readable?")
+        low, high = self.labels.aminmax()
+        self.num_classes = self.settings.get("classes", int(high) + 1)
+        require(
+            low >= 0 and high < self.num_classes,
+            f"{folder}: labels {low} to {high} do not fit {self.num_classes} classes",
+        )
+        self.starts = np.cumsum([0] + [len(shard.labels) for shard in self.shards])
+        self.class_names = read_class_names(folder)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def read(self, i, flip=False):
+        """-> latent i (C, H, W) in the precision of the file."""
+        shard = np.searchsorted(self.starts, i, side="right") - 1
+        return self.shards[shard].read(i - self.starts[shard], flip)
 
     def item(self, i, flip=False):
+        """-> latent i (C, H, W) float32, label."""
         i = range(len(self))[i]
-        shard = self.shards[k := np.searchsorted(self.ends, i, side="right")]
-        latents = shard["latents_flip" if flip and "latents_flip" in shard else "latents"]
-        return latents[i - self.ends[k]].float(), int(self.labels[i])                   # counted from the shard's end
-    __getitem__, __len__ = item, lambda self: len(self.labels)
+        return self.read(i, flip).float(), int(self.labels[i])
 
-# ---------------------------------------------------------------- the command
+    def __getitem__(self, i):
+        return self.item(i)
+
+
+def read_class_names(folder):
+    """The names of a cache's classes in the order of their labels; [] where nothing says them."""
+    path = Path(folder) / "meta.json"
+    if not path.exists():
+        return []
+    with reading(path, "damaged; the same encode.py command writes it anew"):
+        return list(json.loads(path.read_text())["classes"])
+
+
+# =============================================================== the command
 class Photos(Dataset):
-    """The images of a folder[/train] of class folders: item i is a crop, uint8 (3, S, S), and why it could not be read."""
-    def __init__(self, folder, size):
-        root = os.path.join(folder, "train") if os.path.isdir(os.path.join(folder, "train")) else folder
-        need(os.path.isdir(root), f"{root}: not a folder; give the one that holds the class folders")
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-        files = [(os.path.join(c, f), y) for y, c in enumerate(self.classes) for f in list_images(os.path.join(root, c))]
-        need(files, f"{root}: no images in class folders; arrange them as {os.path.join(root, 'CLASS', 'image.jpg')}")
-        self.root, self.size, self.names, self.labels = root, size, [f for f, _ in files], torch.tensor([y for _, y in files])
+    """The images of a folder (or its train/) of class folders. Item i: a crop, uint8 (3, S, S);
+    why it could not be read, or ""; and whether its EXIF data says that it lies on its side."""
 
-    def __getitem__(self, i):                         # runs in the DataLoader's processes
+    def __init__(self, folder, size, turn=False):
+        root = Path(folder)
+        require(root.is_dir(), f"{root}: no such folder; give the one that holds the class folders")
+        if (root / "train").is_dir():
+            root = root / "train"
+        entries = sorted(entry.name for entry in os.scandir(root))
+        self.classes = [name for name in entries if (root / name).is_dir() and name[0] != "."]
+        self.loose = [name for name in entries if (root / name).is_file() and is_image(name)]
+        self.root = root
+        self.size = size
+        self.turn = turn
+        self.names = []
+        labels = []
+        for label, name in enumerate(self.classes):
+            files = list_images(root / name)
+            self.names += [os.path.join(name, file) for file in files]
+            labels += [label] * len(files)
+        self.labels = torch.tensor(labels)
+        arrange = f"arrange them as {root / 'CLASS' / 'image.jpg'}"
+        require(self.names, f"{root}: no images in class folders; {arrange}")
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        """Runs in the DataLoader's processes."""
+        sideways = False
         try:
-            image, why = np.array(center_crop(open_rgb(os.path.join(self.root, self.names[i])), self.size)), ""
-        except Exception as e:                        # Pillow raises whatever the file's bytes lead it to
-            image, why = np.zeros((self.size, self.size, 3), np.uint8), " ".join(str(e).split()) or type(e).__name__
-        return torch.from_numpy(image).permute(2, 0, 1), why
+            path = self.root / self.names[i]
+            with Image.open(path) as image:
+                sideways = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+            crop = np.array(center_crop(open_rgb(path, self.turn), self.size))
+            reason = ""
+        except Exception as error:
+            # Pillow raises whatever the file's bytes lead it to.
+            crop = np.zeros((self.size, self.size, 3), np.uint8)
+            reason = " ".join(str(error).split()) or type(error).__name__
+        return torch.from_numpy(crop).permute(2, 0, 1), reason, sideways
 
-def encode_shards(vae, photos, shards, args, header):
-    """Encodes the photos of every shard {path: range of file numbers} and writes it."""
-    batches = [part[b:b + args.batch] for part in shards.values() for b in range(0, len(part), args.batch)]
-    loader = iter(DataLoader(photos, batch_sampler=batches, num_workers=min(args.workers, len(batches)),
-                             pin_memory=vae.device.type == "cuda"))
-    with ThreadPoolExecutor(1) as writer, tqdm(total=sum(map(len, batches)), unit="image") as bar:
-        writing = writer.submit(int)                  # a shard is written while the GPU is at the next
-        for path, part in shards.items():
-            latents, reasons = [], []
-            for _ in range(0, len(part), args.batch):
-                images, why = next(loader)            # uint8 (B, 3, S, S)
-                x = images.to(vae.device, non_blocking=True) / 127.5 - 1
-                latents.append(encode(vae, torch.cat([x, x.flip(-1)])).half().cpu().unflatten(0, (2, -1)))
+
+def cache_settings(vae, photos, args):
+    """What all shards of a cache have in common; each header holds it."""
+    files = "\0".join(photos.names + photos.classes)
+    return {
+        "encoder": vae.fingerprint(),
+        "files": hashlib.sha256(os.fsencode(files)).hexdigest()[:16],
+        "classes": len(photos.classes),
+        "size": args.size,
+        "exif": args.exif,
+        "shard": args.shard,
+        "shards": math.ceil(len(photos) / args.shard),
+        "vae": os.path.realpath(args.vae) if os.path.isdir(args.vae) else args.vae,
+    }
+
+
+def check_finished_shards(folder, settings):
+    """-> paths of the shards that are there. Raises Stop if one is not of these settings."""
+    paths = sorted(folder.glob("latents_*.safetensors"))
+    for path in paths:
+        was = open_shard(path).settings
+        # The same weights may lie elsewhere.
+        other = [key for key in settings if key != "vae" and was.get(key) != settings[key]]
+        changes = ", ".join(f"{key} {was.get(key)} (now {settings[key]})" for key in other)
+        require(not other, f"{path}: of another cache: {changes}; give another --out")
+    return paths
+
+
+def save_reconstructions(path, vae, photos):
+    """A picture of eight originals, each with what its latent decodes to at its right."""
+    step = math.ceil(len(photos) / 8)
+    items = [photos[i] for i in range(0, len(photos), step)]
+    originals = [image for image, reason, _ in items if not reason] or [items[0][0]]
+    originals = torch.stack(originals)
+    decoded = to_uint8(decode(vae, encode(vae, to_float(originals)))).cpu()
+    pairs = torch.stack([originals, decoded], 1).flatten(0, 1)
+    save_png(path, image_grid(pairs, columns=4 if len(pairs) % 4 == 0 else 2))
+
+
+def encode_shards(vae, photos, shards, args, settings):
+    """Encodes and writes the shards {path: range of image numbers}."""
+    batches = []
+    for numbers in shards.values():
+        batches += [numbers[i : i + args.batch] for i in range(0, len(numbers), args.batch)]
+    loader = DataLoader(
+        photos,
+        batch_sampler=batches,
+        num_workers=min(args.workers, len(batches)),
+        pin_memory=vae.device.type == "cuda",
+    )
+    loader = iter(loader)
+    bar = tqdm(total=sum(map(len, batches)), unit="image")
+    # A shard is written while the GPU is at the next.
+    with ThreadPoolExecutor(1) as writer, bar:
+        writing = None
+        for path, numbers in shards.items():
+            latents = []
+            reasons = []
+            sideways = 0
+            for _ in range(0, len(numbers), args.batch):
+                images, why, turned = next(loader)  # uint8 (B, 3, S, S)
+                x = to_float(images.to(vae.device, non_blocking=True))
+                both = encode(vae, torch.cat([x, x.flip(-1)])).half().cpu()
+                latents.append(both.unflatten(0, (2, -1)))  # (2, B, C, H, W)
                 reasons += why
+                sideways += int(turned.sum())
                 bar.update(len(why))
-            skipped = [(photos.names[i], why) for i, why in zip(part, reasons) if why]
-            for name, why in skipped:
-                bar.write(f"skipped {ascii(name)}: {why}", file=sys.stderr)
-            good = torch.tensor([not why for why in reasons])
-            writing.result()                          # raises what went wrong there
-            writing = writer.submit(save_shard, path, *torch.cat(latents, 1)[:, good], photos.labels[part][good],
-                                    number=part.start // args.shard, skipped=skipped, **header)
-        writing.result()
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, **PARSER)
+            skipped = [
+                (photos.names[i], reason)
+                for i, reason in zip(numbers, reasons, strict=True)
+                if reason
+            ]
+            for name, reason in skipped:
+                bar.write(f"skipped {name!a}: {reason}", file=sys.stderr)
+            good = torch.tensor([not reason for reason in reasons])
+            plain, flipped = torch.cat(latents, 1)[:, good]
+            if writing:
+                writing.result()  # raises what went wrong there
+            writing = writer.submit(
+                save_shard,
+                path,
+                plain,
+                flipped,
+                photos.labels[numbers][good],
+                number=numbers.start // args.shard,
+                skipped=skipped,
+                sideways=sideways,
+                **settings,
+            )
+        if writing:
+            writing.result()
+
+
+def finish_cache(folder, photos, settings):
+    """Once all shards are there: writes meta.json and says what the cache holds."""
+    data = LatentDataset(folder)
+    skipped = [pair for shard in data.shards for pair in shard.settings["skipped"]]
+    sideways = sum(shard.settings["sideways"] for shard in data.shards)
+    meta = settings | {
+        "classes": photos.classes,
+        "images": len(data),
+        "skipped": skipped,
+        "sideways": sideways,
+        "loose": photos.loose,
+    }
+    with replacing(folder / "meta.json") as temporary:
+        temporary.write_text(json.dumps(meta, indent=1))
+
+    some = range(0, len(data), math.ceil(len(data) / 512))
+    latents = torch.stack([data[i][0] for i in some])
+    std, mean = torch.std_mean(latents, (0, 2, 3), correction=0)  # (C,)
+    line = (
+        f"{folder}: {len(data):,} images and their mirror images in {len(data.shards)} shards; "
+        f"{len(skipped)} files skipped; channel means {mean.min():.2f} to {mean.max():.2f}, "
+        f"deviations {std.min():.2f} to {std.max():.2f} (FLUX.2's: about 0 and 1)"
+    )
+    if sideways and settings["exif"]:
+        line += f"; {sideways} turned upright"
+    elif sideways:
+        line += f"; {sideways} lie on their side by their EXIF data (--exif turns them)"
+    if photos.loose:
+        names = ", ".join(photos.loose[:3])
+        line += f"; {len(photos.loose)} images in no class folder left out ({names})"
+    print(line)
+
+
+def parse_arguments():
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("images", help="folder of class folders; its train/ is used where it exists")
     add("--out", default="latents", type=Path, help="folder of the cache (%(default)s)")
-    add("--vae", default=VAE, help="hub repository or folder of an AutoencoderKLFlux2 (%(default)s)")
+    add("--vae", default=VAE, help="hub repository or folder of a VAE (%(default)s)")
     add("--size", default=256, type=int, help="side of the square crop in pixels (%(default)s)")
-    add("--batch", default=32, type=int, help="images at a time, each encoded as it is and mirrored (%(default)s)")
-    add("--shard", default=1024, type=int, help="images in a file; a kill can cost two of them (%(default)s)")
-    add("--workers", default=-(-os.cpu_count() // LOCAL), type=int, help="processes that decode images (%(default)s)")
-    add("--device", help="cuda, mps or cpu (the best there is)")
+    add("--exif", action="store_true", help="turn pictures as their EXIF data asks (ImageNet: no)")
+    add("--batch", default=32, type=int, help="images at a time (%(default)s)")
+    add("--shard", default=1024, type=int, help="images in a file (%(default)s)")
+    add("--workers", default=0, type=int, help="processes that read images (0: the cores)")
+    add("--device", default="", help="cuda, mps or cpu (the best there is)")
     args = parser.parse_args()
-    for flag, unit in {"size": 16, "batch": 1, "shard": 1, "workers": 1}.items():
-        need((x := getattr(args, flag)) > 0 and x % unit == 0, f"--{flag} {x}: needs a positive multiple of {unit}")
-    out, photos, device = args.out, Photos(args.images, args.size), pick_device(args.device)
-    vae, n = load_vae(args.vae, device), len(photos.names)
-    need(not isinstance(vae, dict), f"--vae {args.vae}: a codec for the demo's digits; photographs need an AutoencoderKLFlux2")
-    # What all shards of a cache have in common, in each one's header. (The decoder may be replaced by another.)
-    digest = lambda data: hashlib.sha256(data).hexdigest()[:16]
-    weights = b"".join(v.cpu().numpy().tobytes() for k, v in vae.state_dict().items() if "decoder" not in k and "post" not in k)
-    origin = {"encoder": digest(weights), "files": digest(os.fsencode("\0".join(photos.names + photos.classes))),
-              "classes": len(photos.classes), "size": args.size, "shard": args.shard, "shards": -(-n // args.shard)}
-    shards = {out / f"latents_{k:05d}.safetensors": range(first, min(first + args.shard, n))
-              for k, first in enumerate(range(0, n, args.shard))}
-    out.mkdir(parents=True, exist_ok=True)
-    for path in (done := sorted(out.glob("latents_*.safetensors"))):
-        (was, _), now = open_shard(path), origin | {"number": shards.get(path, range(0)).start // args.shard}
-        other = [f"{key} {was.get(key)}, now {now[key]}" for key in now if was.get(key) != now[key]]
-        need(not other, f"{path}: of another origin ({'; '.join(other)}); give another --out")
-    print(f"{out}: {n:,} files, {len(photos.classes)} classes; {len(done)} of {len(shards)} shards there already", file=sys.stderr)
-    if RANK == 0:
-        few = torch.stack([image for image, why in (photos[i] for i in range(0, n, -(-n // 8))) if not why] or [photos[0][0]])
-        decoded = to_uint8(decode(vae, encode(vae, few / 127.5 - 1))).cpu()
-        save_grid(out / "reconstructions.png", torch.stack([few, decoded], 1).flatten(0, 1), columns=2 if len(few) % 2 else 4)
-    mine = {path: part for path, part in list(shards.items())[RANK::WORLD] if not path.exists()}
-    encode_shards(vae, photos, mine, args, {"vae": os.path.realpath(args.vae) if os.path.isdir(args.vae) else args.vae} | origin)
-    if RANK == 0:                                     # waits for the other processes and completes the cache
+    for name in ("size", "batch", "shard"):
+        require(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be positive")
+    require(args.size % 16 == 0, f"--size {args.size}: must be a multiple of 16")
+    require(args.workers >= 0, f"--workers {args.workers}: must not be negative")
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    args.workers = args.workers or math.ceil(os.cpu_count() / local_processes)
+    return args
+
+
+def main():
+    args = parse_arguments()
+    rank, world = processes()
+    photos = Photos(args.images, args.size, args.exif)
+    device = pick_device(args.device)
+    # Compiling takes two minutes.
+    compiled = device.type == "cuda" and len(photos) > 20_000
+    vae = load_vae(args.vae, device, compiled)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = cache_settings(vae, photos, args)
+    done = check_finished_shards(args.out, settings)
+    print(
+        f"{args.out}: {len(photos):,} files, {len(photos.classes)} classes; "
+        f"{len(done)} of {settings['shards']} shards there already",
+        file=sys.stderr,
+    )
+
+    shards = {}
+    for number in range(settings["shards"]):
+        first = number * args.shard
+        path = args.out / f"latents_{number:05d}.safetensors"
+        shards[path] = range(first, min(first + args.shard, len(photos)))
+    if rank == 0:
+        save_reconstructions(args.out / "reconstructions.png", vae, photos)
+    mine = list(shards)[rank::world]
+    missing = {path: shards[path] for path in mine if not path.exists()}
+    encode_shards(vae, photos, missing, args, settings)
+
+    if rank == 0:
         while not all(path.exists() for path in shards):
-            time.sleep(1)
-        data = LatentDataset(out)
-        skipped = [pair for header in data.headers for pair in header["skipped"]]
-        with atomic(out / "meta.json") as tmp:
-            tmp.write_text(json.dumps(origin | {"classes": photos.classes, "images": len(data), "skipped": skipped}, indent=1))
-        std, mean = torch.std_mean(torch.stack([data[i][0] for i in range(0, len(data), -(-len(data) // 512))]), (0, 2, 3), False)
-        print(f"{out}: {len(data):,} images and mirror images in {len(shards)} shards; {len(skipped)} files skipped; channel means "
-              f"{mean.min():.2f} to {mean.max():.2f}, stds {std.min():.2f} to {std.max():.2f} (FLUX.2's: about 0 and 1)")
+            time.sleep(1)  # for the other processes
+        finish_cache(args.out, photos, settings)
+
+
+# =============================================================== drawn digits
+# Not needed for photographs: the data of `jlt.py --demo`, and a codec that is to them what the
+# FLUX.2 VAE is to photographs.
+
+# The path of a pen for each of 0 to 9: points, x then y, of a 10 x 10 grid, y downwards.
+STROKES = (
+    "50 20 13 16 29 59 86 83 50 20",
+    "22 50 59",
+    "12 30 60 82 74 19 89",
+    "11 40 70 82 64 44 64 86 78 49 18",
+    "60 16 86 66 60 69",
+    "80 20 14 54 86 78 49 18",
+    "70 32 15 18 49 78 86 65 35 16",
+    "10 80 39",
+    "54 22 20 60 82 54 16 18 49 79 86 54",
+    "29 67 84 81 50 21 13 34 64 83",
+)
+STROKE_POINTS = 12  # shorter paths stay at their last point
+
+
+def pen_paths():
+    """-> (10, 12) complex: a point of the plane is x + iy, so that turning and scaling a path is
+    one multiplication."""
+    paths = torch.zeros(10, STROKE_POINTS, dtype=torch.complex64)
+    for digit, stroke in enumerate(STROKES):
+        points = [complex(int(x), int(y)) for x, y in stroke.split()]
+        points += [points[-1]] * (STROKE_POINTS - len(points))
+        paths[digit] = torch.tensor(points)
+    return paths
+
+
+def draw_digits(n, seed):
+    """n drawn digits of classes 0, 1, ..., 9, 0, ... -> images uint8 (n, 3, 32, 32), labels (n,).
+    Bright ink on dark paper; colour, thickness, shape, slant, rotation, size, place are random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    labels = torch.arange(n) % 10
+    paths = pen_paths()[labels] / 9 - (0.5 + 0.5j)  # (n, 12), about the origin
+    shaken = torch.randn(2, n, STROKE_POINTS, generator=generator)
+    paths = paths + 0.012 * torch.complex(shaken[0], shaken[1])
+    slanted = 0.75 * paths.real + uniform(-0.15, 0.15, 1) * paths.imag
+    paths = torch.complex(slanted, paths.imag)
+    paths = paths * torch.polar(uniform(20, 24, 1), uniform(-0.12, 0.12, 1))  # size, rotation
+    centre = uniform(14.5, 17.5, 2, 1)
+    paths = paths + torch.complex(centre[:, 0], centre[:, 1])
+
+    width = uniform(2.2, 3.6)
+    ink = uniform(0.6, 1, 3, 1)
+    paper = uniform(0, 0.3, 3, 1)
+    side = torch.arange(32) + 0.5
+    pixels = torch.complex(side.repeat(32), side.repeat_interleave(32))  # (1024,)
+    images = []
+    for part in torch.arange(n).split(500):
+        # How far each pixel is from each straight piece of the path, and from the nearest.
+        start = paths[part, :-1, None]
+        piece = paths[part].diff()[..., None]  # (k, 11, 1)
+        along = ((pixels - start) * piece.conj()).real / piece.abs().square().clamp(min=1e-6)
+        distance = (pixels - start - along.clamp(0, 1) * piece).abs().amin(1)  # (k, 1024)
+        # A pixel at the edge of the stroke is ink in part.
+        cover = (width[part, None] / 2 - distance + 0.5).clamp(0, 1)[:, None]  # (k, 1, 1024)
+        colours = paper[part] + (ink[part] - paper[part]) * cover  # (k, 3, 1024)
+        images.append((colours * 255).round().to(torch.uint8).view(-1, 3, 32, 32))
+    return torch.cat(images), labels
+
+
+class DigitCodec:
+    """FLUX.2's VAE in miniature, for drawn digits: a patch of 16x16x3 pixels becomes its 128
+    principal components, all over one scale, so that directions of low variance stay low."""
+
+    def __init__(self, mean, basis, scale):
+        self.mean = mean  # (768, 1, 1)
+        self.basis = basis  # (768, 128), orthonormal columns
+        self.scale = scale
+        self.device = mean.device
+        self.channels = basis.shape[1]
+
+    def encode(self, images):
+        """(B, 3, H, W) in [-1, 1] -> (B, 128, H/16, W/16)."""
+        patches = F.pixel_unshuffle(images, 16) - self.mean
+        return torch.einsum("bchw,cd->bdhw", patches, self.basis) / self.scale
+
+    def decode(self, latents):
+        """The projection back: (B, 128, h, w) -> (B, 3, 16h, 16w)."""
+        latents = latents.cpu().float() * self.scale
+        patches = torch.einsum("bdhw,cd->bchw", latents, self.basis) + self.mean
+        return F.pixel_shuffle(patches, 16)
+
+    def save(self, path):
+        """Writes what load_vae reads."""
+        tensors = {"mean": self.mean, "basis": self.basis, "scale": self.scale}
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(tensors))
+
+
+def fit_codec(images):
+    """-> the DigitCodec of uint8 images (N, 3, H, W)."""
+    patches = F.pixel_unshuffle(to_float(images), 16).movedim(1, -1).flatten(0, 2)  # (4N, 768)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T))  # ascending
+    return DigitCodec(
+        mean=patches.mean(0)[:, None, None],
+        basis=vectors[:, -128:].flip(1).contiguous(),
+        scale=values[-128:].mean().sqrt(),
+    )
+
+
+def cache_digits(folder, n=10_000):
+    """Writes n digits as a cache like any other, with their codec, unless they are there."""
+    folder = Path(folder)
+    shard = folder / "latents_00000.safetensors"
+    if shard.exists():
+        return
+    images, labels = draw_digits(n, seed=1)
+    codec = fit_codec(images)
+    folder.mkdir(parents=True, exist_ok=True)
+    codec_file = folder / "codec.safetensors"
+    codec.save(codec_file)
+    latents = codec.encode(to_float(images))
+    # A mirrored 3 is no digit: both are the picture as it is.
+    save_shard(shard, latents, latents, labels, vae=str(codec_file.resolve()))
+
 
 if __name__ == "__main__":
     run(main)

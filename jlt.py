@@ -1,700 +1,1890 @@
 """JLT: clean-latent prediction in latent diffusion transformers (arXiv 2605.27102), in one file.
 
-A diffusion transformer (DiT) learns to turn Gaussian noise into FLUX.2 latents of ImageNet pictures. On the straight path
-from noise to data, z = t x + (1 - t) eps, it may be asked for the velocity v = x - eps, as is usual, or for the clean
-latent x itself. Nothing else differs, and in the paper x gives far better pictures.
+A diffusion transformer (DiT) turns Gaussian noise into FLUX.2 latents of ImageNet pictures. A
+straight path leads from noise eps to data x:
 
-    python jlt.py --demo                                  # see it: drawn digits, two minutes, no data, no GPU
-    python encode.py imagenet/                            # once: pictures -> latents/
-    python jlt.py --target x                              # the paper's run; --target v is its baseline. Again: it continues
-    torchrun --nproc-per-node 8 jlt.py --micro-batch 128  # the same run on 8 GPUs
-    python jlt.py --sample runs/B-1-x --classes 207 360   # a picture of samples; --n 50000: samples.npz, for fid.py
-    python jlt.py --geometry latents/                     # what the targets look like on these latents
-    python jlt.py --bench                                 # how fast this machine is, and how long the paper's run takes
+    z_t = t x + (1 - t) eps,    t = 0 is noise, t = 1 is data,    velocity v = dz/dt = x - eps.
+
+To sample is to follow v from noise to data. The network sees z_t, t and the class. It is usually
+asked for v. It may as well be asked for the clean latent x, from which v = (x - z_t) / (1 - t)
+follows: same loss, same best answer. What differs is what has to come out of the network: for x
+something with the covariance of the data, for v the same plus noise of variance 1 in every
+direction, also in those where the data has next to none. In the paper, with everything else
+equal, x reaches FID 2.56 and v 6.56.
+
+    python jlt.py --demo                               # see it: digits, a minute, no data, no GPU
+    python encode.py imagenet/                         # once: pictures -> latents/
+    python jlt.py --target x                           # the paper's run; --target v is its baseline
+    torchrun --nproc-per-node 8 jlt.py --target x      # the same run on eight GPUs
+    python jlt.py --sample runs/B-1-x --classes 207 360     # one picture of samples
+    python jlt.py --sample runs/B-1-x --n 50000             # a folder of samples, for fid.py
+    python jlt.py --geometry latents/                  # what the targets look like on these latents
+    python jlt.py --bench                              # how long the paper's run takes here
+
+The file in its order: the method (loss, guidance, sampler), the network, the configuration, data
+order and noise, training, sampling from checkpoints, why x (the Gaussian analysis), the demo, the
+benchmark, the command line.
 """
-import copy, hashlib, json, math, os, shutil, signal, tempfile, time, zipfile
-from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections import OrderedDict, deque
+
+import contextlib
+import copy
+import difflib
+import json
+import math
+import os
+import re
+import signal
+import tempfile
+import time
+import zipfile
+from argparse import SUPPRESS, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from encode import (VAE, LatentDataset, cache_digits, decode, digit_judge, draw_digits, encode, load_vae, pick_device,
-                    save_grid, save_shard, to_uint8)
-from fid import PARSER, RANK, WORLD, Statistics, Stop, atomic, frechet_distance, need, reading, run
 
-# ================================================================ configuration
-def flag(default, help, low=-1e15, high=1e15, choices=None):             # a field with what its command-line flag needs
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+import encode
+from encode import Stop, processes, replacing, require
 
-MODELS = {"B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}   # depth, width, heads: the DiT family
-@dataclass(frozen=True)
-class Config:
-    """The paper's run (section 4.1, JLT-B/1). Every field is a flag: sample_steps is --sample-steps."""
-    target: str = flag("x", "predicts x: the clean latent; eps: the noise; v: the velocity", choices=("x", "eps", "v"))
-    model: str = flag("B/1", "size/patch size; a 0 below: as this says", choices=[f"{m}/{p}" for m in MODELS for p in (1, 2)])
-    depth: int = flag(0, "number of blocks", 0)
-    hidden_size: int = flag(0, "width", 0)
-    num_heads: int = flag(0, "attention heads (of about 64 channels, if the width is given)", 0)
-    patch_size: int = flag(0, "side of a token in latent positions", 0)
-    bottleneck: int = flag(0, "channels between latent and token; 0: none, as in the published weights", 0)
-    steps: int = flag(250_000, "training steps: 200 epochs of ImageNet", 1)                          # from here on: optimisation
-    batch: int = flag(1024, "images in a step, on however many GPUs", 1)
-    micro_batch: int = flag(0, "images in a pass, also when sampling; 0: largest divisor of batch up to 256", 0)
-    lr: float = flag(0.0, "learning rate; 0: 5e-5 * batch / 256", 0)
-    warmup_epochs: float = flag(5.0, "epochs of linear warm-up; the rate is constant afterwards", 0)
-    cooldown: float = flag(0.0, "share of the steps at the end in which the rate falls to 0; the paper: none", 0, 1)
-    ema: float = flag(0.9999, "decay of the averaged weights, those that sample; 0.99 for a run of 1,000 steps", 0, 0.99999)
-    label_drop: float = flag(0.1, "share of labels replaced by the null class, for guidance", 0, 1)
-    logit_t: tuple = flag((-0.8, 0.8), "t = sigmoid(n), n normal with this mean and standard deviation, for every target")
-    t_eps: float = flag(0.05, "floor of the divisors 1 - t and t, in training and sampling", 1e-6, 1)
-    seed: int = flag(0, "of weights, data order and noise", 0)
-    sample_steps: int = flag(50, "Heun steps", 1)     # from here on: sampling, files and machine
-    cfg: float = flag(2.9, "guidance weight; 1: none, at half the cost")
-    interval: tuple = flag((0.1, 1.0), "guidance is on where low < t < high", 0, 1)
-    data: str = flag("latents", "folder that encode.py wrote")
-    out: str = flag("", "run folder (runs/MODEL-TARGET); with --sample the file (samples.png, samples.npz)")
-    vae: str = flag("", "repository or folder of the decoder (the VAE that made the latents)")
-    log_every: int = flag(100, "steps between log lines", 1)
-    save_every: int = flag(2_500, "steps between checkpoints", 1)
-    sample_every: int = flag(10_000, "steps between pictures of samples; 0: none", 0)
-    device: str = flag("", "cuda, mps or cpu (the best there is)")
-    precision: str = flag("auto", "bf16 or fp32 matrix products; auto: bf16 on cuda", choices=("auto", "bf16", "fp32"))
-    compile: str = flag("auto", "torch.compile; auto: on cuda", choices=("auto", "on", "off"))
+# =============================================================== the method
+# Equation numbers are the paper's. x: clean latents, eps: noise, z: points on the path between
+# them, v: velocities, each (B, C, H, W); t: times (B,); y: class labels (B,).
+TARGETS = ("x", "eps", "v")
+LOSSES = ("v", "x")
 
-    def __post_init__(self):
-        for f in fields(self):
-            value, low, high, choices = getattr(self, f.name), *(f.metadata[k] for k in ("low", "high", "choices"))
-            good = value in choices if choices else f.type is str or all(low <= x <= high for x in np.ravel(value))
-            need(good, f"--{f.name.replace('_', '-')} {value}: needs {' or '.join(choices or [f'{low:g} to {high:g}'])}")
-        need(self.interval[0] < self.interval[1], f"--interval {self.interval}: low must be below high")
-        need(self.logit_t[1] >= 0, f"--logit-t {self.logit_t}: a standard deviation is not negative")
 
-SAMPLING = {"out", "vae", "device", "compile", "sample_steps", "cfg", "interval"}         # --sample takes these and a few more
-FREE = SAMPLING | {"steps", "log_every", "save_every", "sample_every"}    # may change in a run: its weights stay the same
+def path(x, eps, t):
+    """(1) The point z at time t on the straight line from noise (t = 0) to data (t = 1)."""
+    t = t.view(-1, 1, 1, 1)
+    return t * x + (1 - t) * eps
 
-def resolve(cfg):
-    """Config with the derived values filled in."""
-    name, patch = cfg.model.split("/")
-    depth, width, heads = MODELS[name]
-    if cfg.hidden_size not in (0, width):             # heads of 64 channels or more, in multiples of 4 for RoPE
-        width = cfg.hidden_size
-        heads = max((n for n in range(1, width // 64 + 1) if width % (4 * n) == 0), default=1)
-    micro = cfg.micro_batch or max(n for n in range(1, min(cfg.batch, 256) + 1) if cfg.batch % n == 0)
-    need(cfg.batch % micro == 0, f"--micro-batch {micro}: does not divide --batch {cfg.batch}")
-    return replace(cfg, depth=cfg.depth or depth, hidden_size=width, num_heads=cfg.num_heads or heads, micro_batch=micro,
-                   patch_size=cfg.patch_size or int(patch), lr=cfg.lr or 5e-5 * cfg.batch / 256,
-                   out=cfg.out or f"runs/{name}-{patch}-{cfg.target}")
 
-def autocast(cfg, device):                            # bfloat16 matrix products over float32 weights, or nothing
-    on = cfg.precision == "bf16" or cfg.precision == "auto" and device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+def true_output(x, eps, target):
+    """(2) What the network is asked for."""
+    if target == "x":
+        return x
+    if target == "eps":
+        return eps
+    return x - eps
 
-def compiled(f, cfg, device):                         # for fixed shapes: each new one costs a minute
-    on = cfg.compile == "on" or cfg.compile == "auto" and device.type == "cuda"
-    return torch.compile(f, dynamic=False) if on else f
 
-ORDER, FLIPS, NOISE, SAMPLES = range(4)               # streams of random numbers
-def rng(stream, *key, device="cpu"):
-    """A generator that is a function of integers such as (seed, step, micro-batch): resuming needs no state of it."""
-    state = np.random.SeedSequence((stream, len(key), *key)).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state[0]))
+def velocity(out, z, t, target, t_eps=0.05):
+    """The network's output, read as a velocity (App. A). On the path
+    v = x - eps = (x - z) / (1 - t) = (z - eps) / t; the divisors are floored at t_eps."""
+    assert target in TARGETS, f"target {target!r} is none of {TARGETS}"
+    t = t.view(-1, 1, 1, 1)
+    if target == "x":
+        return (out - z) / (1 - t).clamp_min(t_eps)
+    if target == "eps":
+        return (z - out) / t.clamp_min(t_eps)
+    return out
 
-# ================================================================ model
+
+def flow_error(net, x, y, t, eps, target="x", t_eps=0.05, loss="v"):
+    """Squared error of the velocity, for each image: (B,). A pure function: times t, noise eps
+    and labels y (after label dropout) are given.
+
+    The error is measured on v whatever the target is, so all targets are trained for the same
+    thing. For x it is |x^ - x|^2 / max(1 - t, t_eps)^2: late times, where little noise is left,
+    count more. The true v passes the same floored readout as the prediction, so that a perfect
+    output has no error."""
+    assert loss in LOSSES, f"loss {loss!r} is none of {LOSSES}"
+    z = path(x, eps, t)
+    v_hat = velocity(net(z, t, y), z, t, target, t_eps)
+    v = velocity(true_output(x, eps, target), z, t, target, t_eps)
+    error = (v_hat - v).square()
+    if loss == "x":
+        # The paper's second loss: this takes the weight back, which for x leaves |x^ - x|^2.
+        error = error * (1 - t).view(-1, 1, 1, 1).clamp_min(t_eps) ** 2
+    return error.mean((1, 2, 3))
+
+
+def flow_loss(net, x, y, t, eps, target="x", t_eps=0.05, loss="v"):
+    """The mean of flow_error: what training makes small."""
+    return flow_error(net, x, y, t, eps, target, t_eps, loss).mean()
+
+
+@torch.no_grad()
+def sample(
+    net,
+    y,
+    noise,
+    target="x",
+    steps=50,
+    cfg=2.9,
+    interval=(0.1, 1.0),
+    method="heun",
+    t_eps=0.05,
+):
+    """Follows dz/dt = v from noise (B, C, H, W) at t = 0 to latents at t = 1, for classes y (B,).
+    `cfg` is the guidance weight, on where low < t < high of `interval`; low = 0 includes t = 0."""
+    assert method in ("heun", "euler"), f"method {method!r} is none of ('heun', 'euler')"
+    low, high = interval
+    no_class = torch.full_like(y, net.num_classes)
+
+    def network_velocity(z, t, y):
+        times = torch.full((len(z),), t, device=z.device, dtype=z.dtype)
+        # A network under autocast answers in bfloat16; the sum over steps is float32.
+        return velocity(net(z, times, y), z, times, target, t_eps).to(z.dtype)
+
+    def guided_velocity(z, t):
+        v = network_velocity(z, t, y)
+        # Very early all samples would be pulled the same way, so guidance starts a little later.
+        # Where it is off, the pass without a class is not computed.
+        if cfg == 1 or t >= high or (t <= low and low > 0):
+            return v
+        v_without = network_velocity(z, t, no_class)
+        return v_without + cfg * (v - v_without)
+
+    z = noise
+    for i in range(steps):
+        # Python floats: in float32, 0.1 falls on either side of the interval's end.
+        t = i / steps
+        t_next = (i + 1) / steps
+
+        # Euler step: go on with the velocity here.
+        v = guided_velocity(z, t)
+        z_next = z + (t_next - t) * v
+
+        # Second-order correction (Heun): average it with the velocity there. Not in the last
+        # step, whose end t = 1 the network has hardly seen, and where the readout divides by 0.
+        if method == "heun" and i < steps - 1:
+            v_next = guided_velocity(z_next, t_next)
+            z_next = z + (t_next - t) * (v + v_next) / 2
+        z = z_next
+    return z
+
+
+# =============================================================== the network
+# The transformer of JiT (arXiv 2511.13720) with the module names of DiT, so that the published
+# weights load by name. N: tokens, D: width.
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight in float32. Written out: what autocast makes of F.rms_norm changed with torch 2.12."""
+    """x / rms(x) * weight, computed in float32 whatever comes in. Written out, since what autocast
+    makes of F.rms_norm changed between torch 2.11 and 2.12."""
+
     def __init__(self, dim, eps=1e-6):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
 
     def forward(self, x):
         h = x.float()
-        return (self.weight * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return (self.weight * h * scale).to(x.dtype)
 
-def modulate(h, shift, scale):                        # (B, N, D), (B, D), (B, D)
+
+def modulate(h, shift, scale):
+    """h (B, N, D), shift and scale (B, D)."""
     return h * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbed(nn.Module):
+    """Latent (B, C, H, W) -> tokens (B, N, D), row by row. `bottleneck` channels in between are in
+    the paper's text (128), not in its released weights (0: none)."""
+
+    def __init__(self, in_channels, patch_size, hidden_size, bottleneck=0):
+        super().__init__()
+        if bottleneck:
+            self.proj1 = nn.Conv2d(in_channels, bottleneck, patch_size, patch_size, bias=False)
+            self.proj2 = nn.Conv2d(bottleneck, hidden_size, 1)
+        else:
+            self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)
+        self.bottleneck = bottleneck
+
+    def forward(self, z):
+        x = self.proj2(self.proj1(z)) if self.bottleneck else self.proj(z)  # (B, D, H/p, W/p)
+        return x.flatten(2).transpose(1, 2)
+
 
 class TimestepEmbedder(nn.Module):
     """t (B,) in [0, 1] -> (B, D). The sinusoids are of t itself; DiT's are of 1000 t."""
+
     def __init__(self, hidden_size):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(256, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
 
     def forward(self, t):
-        angles = t.float()[:, None] * torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device))      # (B, 128)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
+        exponents = torch.arange(128, device=t.device)
+        frequencies = torch.exp(-math.log(10000) / 128 * exponents)
+        angles = t.float()[:, None] * frequencies  # (B, 128)
+        sinusoids = torch.cat([angles.cos(), angles.sin()], -1)  # (B, 256)
+        return self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (B,) -> (B, D). One more class, the last, stands for "no class"."""
+
+    def __init__(self, num_classes, hidden_size):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
 
 def rope_tables(grid, head_dim):
-    """cos and sin (N, head_dim/2) of 2-D axial RoPE: half of the channel pairs turn with the row, half with the column."""
-    freqs = 10000 ** (-torch.arange(head_dim // 4) / (head_dim // 4))
-    turns = torch.arange(grid)[:, None] * freqs       # (grid, head_dim/4)
-    angles = torch.cat([turns.repeat_interleave(grid, 0), turns.repeat(grid, 1)], -1)
+    """cos and sin (N, head_dim/2) for rotary position embedding on a grid x grid image: the first
+    half of a head's channel pairs turns with the row, the second half with the column."""
+    frequencies = 10000 ** (-torch.arange(head_dim // 4) / (head_dim // 4))
+    turns = torch.arange(grid)[:, None] * frequencies  # (grid, head_dim/4)
+    rows = turns.repeat_interleave(grid, 0)  # (N, head_dim/4)
+    columns = turns.repeat(grid, 1)
+    angles = torch.cat([rows, columns], -1)  # (N, head_dim/2)
     return angles.cos(), angles.sin()
 
+
 def rotate(x, cos, sin):
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)        # neighbouring channels make a pair: (B, heads, N, head_dim/2)
+    """Turns each pair of neighbouring channels of x (B, heads, N, head_dim) by its angle."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, N, head_dim/2) each
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
 
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
-        self.num_heads, self.qkv, self.proj = num_heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = RMSNorm(dim // num_heads), RMSNorm(dim // num_heads)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.q_norm = RMSNorm(dim // num_heads)
+        self.k_norm = RMSNorm(dim // num_heads)
 
     def forward(self, x, cos, sin):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)     # (B, heads, N, head_dim)
-        q, k = (rotate(norm(u), cos, sin).to(v.dtype) for norm, u in ((self.q_norm, q), (self.k_norm, k)))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))    # (B, N, D)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim) each
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, head_dim)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
 
 class SwiGLU(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        hidden = int(4 * dim * 2 / 3)                 # three matrices of this cost what two of 4 * dim would
-        self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+        # Three matrices of this width cost what two of 4 * dim would.
+        hidden = int(4 * dim * 2 / 3)
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        a, b = self.w12(x).chunk(2, -1)
+        a, b = self.w12(x).chunk(2, -1)  # (B, N, hidden) each
         return self.w3(F.silu(a) * b)
 
+
 class Block(nn.Module):
-    """Transformer block whose norms and gates are set by the conditioning c (adaLN-Zero)."""
+    """Attention and MLP; the conditioning c (time and class) sets scale and shift after each norm
+    and a gate on each branch (DiT's adaLN-Zero)."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
-        self.norm1, self.attn = RMSNorm(dim), Attention(dim, num_heads)
-        self.norm2, self.mlp = RMSNorm(dim), SwiGLU(dim)
+        self.norm1 = RMSNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = RMSNorm(dim)
+        self.mlp = SwiGLU(dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, c, cos, sin):                # (B, N, D), (B, D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, -1)
-        x = x + gate_msa[:, None] * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), cos, sin)
-        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+    def forward(self, x, c, cos, sin):
+        modulation = self.adaLN_modulation(c).chunk(6, -1)  # (B, D) each
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        h = modulate(self.norm1(x), shift_msa, scale_msa)
+        x = x + gate_msa[:, None] * self.attn(h, cos, sin)  # (B, N, D)
+        h = modulate(self.norm2(x), shift_mlp, scale_mlp)
+        x = x + gate_mlp[:, None] * self.mlp(h)  # (B, N, D)
+        return x
+
 
 class FinalLayer(nn.Module):
     def __init__(self, dim, out_dim):
         super().__init__()
-        self.norm_final, self.linear = RMSNorm(dim), nn.Linear(dim, out_dim)
+        self.norm_final = RMSNorm(dim)
+        self.linear = nn.Linear(dim, out_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, -1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
+
 class JLT(nn.Module):
-    """Noisy latent z (B, C, H, W), time t (B,), class y (B,) -> the prediction (B, C, H, W) of x, eps or v: it does not know
-    which. JiT's transformer (arXiv 2511.13720), DiT's names; JLT-B/1: 130,508,672 parameters, 46.09 GFLOP an image."""
-    def __init__(self, input_size=16, patch_size=1, in_channels=128, hidden_size=768, depth=12, num_heads=12,
-                 num_classes=1000, bottleneck=0):
+    """Noisy latent z (B, C, H, W), time t (B,), class y (B,) -> (B, C, H, W), a prediction of x,
+    eps or v: the network itself does not know which. The defaults are JLT-B/1: 130,508,672
+    parameters, 46.09 GFLOP an image."""
+
+    def __init__(
+        self,
+        input_size=16,
+        patch_size=1,
+        in_channels=128,
+        hidden_size=768,
+        depth=12,
+        num_heads=12,
+        num_classes=1000,
+        bottleneck=0,
+    ):
         super().__init__()
-        need(input_size % patch_size == 0 and hidden_size % (4 * num_heads) == 0,
-             f"--patch-size {patch_size} does not divide {input_size}, or 4 x --num-heads {num_heads} not --hidden-size {hidden_size}")
-        self.grid, self.patch_size, self.in_channels, self.num_classes = input_size, patch_size, in_channels, num_classes
-        c, d, p, b = in_channels, hidden_size, patch_size, bottleneck     # b: 128 in the paper's text, 0 in its weights
-        two = {"proj1": nn.Conv2d(c, b, p, p, bias=False), "proj2": nn.Conv2d(b, d, 1)} if b else {}
-        self.x_embedder, self.t_embedder = nn.Sequential(OrderedDict(two or {"proj": nn.Conv2d(c, d, p, p)})), TimestepEmbedder(d)
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, d)})    # the last: no class
-        self.blocks = nn.ModuleList(Block(d, num_heads) for _ in range(depth))
-        self.final_layer = FinalLayer(d, p * p * c)
-        self.cos, self.sin = (nn.Buffer(table, persistent=False) for table in rope_tables(input_size // p, d // num_heads))
+        assert input_size % patch_size == 0, f"patches of {patch_size} do not tile {input_size}"
+        assert hidden_size % (4 * num_heads) == 0, "RoPE needs heads of a multiple of 4 channels"
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size, bottleneck)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size * patch_size * in_channels)
+        cos, sin = rope_tables(input_size // patch_size, hidden_size // num_heads)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
         self.initialize_weights()
 
     def initialize_weights(self):
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight.flatten(1))              # a patch convolution is a Linear of pixels
-                m.bias is None or nn.init.zeros_(m.bias)
-        for table in (self.y_embedder["embedding_table"], self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)
-        for layer in (self.final_layer.linear, *(m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer))):
-            nn.init.zeros_(layer.weight)              # blocks start as the identity, the output as 0
+        # A patch convolution is a Linear of its pixels.
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        # Blocks start as the identity, and the output as 0.
+        nn.init.zeros_(self.final_layer.linear.weight)
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
 
     def forward(self, z, t, y):
-        x = self.x_embedder(z).flatten(2).transpose(1, 2)                 # (B, C, H, W) -> (B, N, D), row by row
-        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)    # (B, D)
+        x = self.x_embedder(z)  # (B, N, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for block in self.blocks:
-            x = block(x, c, self.cos, self.sin)                           # (B, N, D)
-        x = self.final_layer(x, c)                                        # (B, N, p*p*C)
-        p, n = self.patch_size, self.grid // self.patch_size
-        return x.reshape(-1, n, n, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4).reshape(z.shape)    # (B, C, H, W)
+            x = block(x, c, self.rope_cos, self.rope_sin)  # (B, N, D)
+        x = self.final_layer(x, c)  # (B, N, p*p*C)
+        return self.unpatchify(x)  # (B, C, H, W)
 
-# ================================================================ loss
-def velocity(out, z, t, target, t_eps=0.05):
-    """The network's output read as a velocity (App. A). out, z: (B, C, H, W), t: (B,). On the path (1),
-    v = x - eps = (x - z) / (1 - t) = (z - eps) / t; the divisors are floored at t_eps."""
-    t = t.view(-1, 1, 1, 1)
-    if target == "x":
-        return (out - z) / (1 - t).clamp_min(t_eps)
-    if target == "eps":
-        return (z - out) / t.clamp_min(t_eps)
-    need(target == "v", f"target {target!r} is none of x, eps, v")
-    return out
+    def unpatchify(self, x):
+        """Tokens (B, N, p*p*C) -> (B, C, H, W)."""
+        p = self.patch_size
+        n = self.input_size // p
+        x = x.unflatten(1, (n, n)).unflatten(3, (p, p, -1))  # (B, row, column, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-def flow_loss(net, x, y, t, eps, target="x", t_eps=0.05, per_image=False):
-    """Mean squared error in velocity space, for every target. x, eps: (B, C, H, W), t: (B,), y: (B,) after label
-    dropout -> scalar, or (B,). A pure function of its arguments. The true target goes through the same floored
-    readout as the prediction, so for x this is |x^ - x|^2 / max(1 - t, t_eps)^2 (JiT's weighting)."""
-    s = t.view(-1, 1, 1, 1)
-    z = s * x + (1 - s) * eps                                             # (1)
-    y_target = {"x": x, "eps": eps, "v": x - eps}[target]                 # (2)
-    v_hat = velocity(net(z, t, y), z, t, target, t_eps)
-    error = (v_hat - velocity(y_target, z, t, target, t_eps)).square()
-    return error.mean((1, 2, 3)) if per_image else error.mean()
 
-# ================================================================ sampler
-@torch.no_grad()
-def sample(net, y, noise, target="x", steps=50, cfg=2.9, interval=(0.1, 1.0), method="heun", t_eps=0.05):
-    """Integrates dz/dt = v from noise (B, C, H, W) at t = 0 to latents at t = 1, for classes y (B,).
-    method: "heun" (second order; the last step is Euler's) or "euler". Where guidance is off (cfg = 1, or t
-    outside the open interval; low = 0 includes t = 0) the unconditional pass is not computed."""
-    def guided(z, t):
-        on = cfg != 1 and (interval[0] < t or interval[0] == 0) and t < interval[1]
-        zz, yy = (torch.cat([z, z]), torch.cat([y, torch.full_like(y, net.num_classes)])) if on else (z, y)
-        tt = torch.full((len(zz),), t, device=z.device, dtype=z.dtype)
-        v, *v_u = velocity(net(zz, tt, yy), zz, tt, target, t_eps).to(z.dtype).split(len(z))    # float32, also of bf16
-        return v_u[0] + cfg * (v - v_u[0]) if on else v
+# =============================================================== configuration
+# A name sets what is listed here; flags of their own go before it. H has heads of 80 channels.
+MODELS = {
+    "B/1": {},
+    "B/2": {"patch_size": 2},
+    "L/1": {"depth": 24, "hidden_size": 1024},
+    "L/2": {"depth": 24, "hidden_size": 1024, "patch_size": 2},
+    "H/1": {"depth": 32, "hidden_size": 1280, "num_heads": 16},
+    "H/2": {"depth": 32, "hidden_size": 1280, "num_heads": 16, "patch_size": 2},
+    # For a laptop and some hundred photographs, with settings to match.
+    "nano": {
+        "depth": 4,
+        "hidden_size": 256,
+        "batch": 32,
+        "lr": 3e-4,
+        "warmup_epochs": 1.0,
+        "ema": 0.99,
+        "steps": 2000,
+        "sample_every": 500,
+    },
+}
 
-    z = noise
-    for i in range(steps):
-        t, t_next = i / steps, (i + 1) / steps        # Python floats: in float32, t = 0.1 is above or below 0.1
-        v = guided(z, t)
-        step = z + (t_next - t) * v
-        if method == "heun" and i < steps - 1:
-            step = z + (t_next - t) * (v + guided(step, t_next)) / 2
-        z = step
-    return z
 
-# ================================================================ data
-def batches(data, cfg, jobs, device):
-    """For each (step, micro-batch) in `jobs`: latents x (B, C, H, W) float32 and labels y (B,) on `device`, read
-    ahead by threads. Every epoch is a new order of the data; each image is mirrored half the time."""
-    order = lru_cache(2)(lambda epoch: torch.randperm(len(data), generator=rng(ORDER, cfg.seed, epoch)))
-    def read(step, m):
-        first = step * cfg.batch + m * cfg.micro_batch
-        index = [int(order(p // len(data))[p % len(data)]) for p in range(first, first + cfg.micro_batch)]
-        flips = torch.rand(cfg.micro_batch, generator=rng(FLIPS, cfg.seed, step, m)) < 0.5
-        x, y = torch.stack([data.item(i, flip)[0] for i, flip in zip(index, flips)]), data.labels[index]
-        return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
-    with ThreadPoolExecutor(4) as pool:
-        queue = deque(pool.submit(read, *job) for job in islice(jobs, 8))
-        while queue:
-            x, y = queue.popleft().result()
-            queue.extend(pool.submit(read, *job) for job in islice(jobs, 1))
-            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+def setting(default, help, choices=None):
+    """A field of Config, with what its flag says of it."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
-def draws(cfg, step, m, x, y, num_classes):
-    """Times t (B,), noise eps (B, C, H, W) and labels after dropout (B,) of a micro-batch: the same for every target."""
-    g = rng(NOISE, cfg.seed, step, m, device=x.device)
-    t = torch.sigmoid(torch.randn(len(x), generator=g, device=x.device) * cfg.logit_t[1] + cfg.logit_t[0])
-    eps = torch.randn(x.shape, generator=g, device=x.device)
-    return t, eps, torch.where(torch.rand(len(x), generator=g, device=x.device) < cfg.label_drop, num_classes, y)
 
-# ================================================================ checkpoints
-def load_file(path):
-    """torch.load that runs no code from the file; argparse.Namespace is the one class it may name."""
-    with torch.serialization.safe_globals([Namespace]), reading(path, "damaged, or no checkpoint"):
-        need(not (bad := zipfile.ZipFile(path).testzip()), f"{path}: {bad} is damaged")                 # torch would not tell
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        need(not foreign, f"{path}: names {', '.join(foreign)}, and no code is imported for a checkpoint")
-        return torch.load(path, map_location="cpu", weights_only=True)
+@dataclass(frozen=True)
+class Config:
+    """The paper's run of JLT-B/1 (section 4.1). Every field is a flag: sample_steps is
+    --sample-steps. Made by configure(), which fills in what is left open by a 0 or ""."""
 
-def load_network(path):
-    """-> EMA network, its settings (target, t_eps, vae), from our checkpoints (a file or its run folder) and the
-    paper's (checkpoint-last.pth: its first EMA). The architecture is read from the shapes. Stop if it does not fit."""
-    state = load_file(path := os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path)
-    with reading(path, "holds no JLT"):
-        if published := "model_ema1" in state:
-            args, weights = state["args"], {k.removeprefix("net."): v.float() for k, v in state["model_ema1"].items()}
-            weights.pop("mask_token", None)           # was trained along but never used
-            grid, known = args.img_size // 16, {"target": getattr(args, "flow_matching", None), "t_eps": args.t_eps, "vae": VAE}
-        else:
-            weights, grid, known = state["ema"], state["grid"], {k: state["config"][k] for k in ("target", "t_eps", "vae")}
-        stem = weights.get("x_embedder.proj.weight", weights.get("x_embedder.proj1.weight"))    # (D, C, p, p)
-        width, depth = len(weights["t_embedder.mlp.2.bias"]), len({k.split(".")[1] for k in weights if k[:7] == "blocks."})
-        heads, classes = width // len(weights["blocks.0.attn.q_norm.weight"]), len(weights["y_embedder.embedding_table.weight"]) - 1
-        net = JLT(grid, stem.shape[2], stem.shape[1], width, depth, heads, classes, len(stem) * ("x_embedder.proj1.weight" in weights))
-        net.load_state_dict(weights)
-        print(f"{path}: {known['target']}-prediction,", "first EMA (model_ema1)" if published else f"EMA of step {state['step']:,}")
-    return net.eval().requires_grad_(False), known
+    # What is learned
+    target: str = setting("x", "x: the clean latent, eps: the noise, v: the velocity", TARGETS)
+    loss: str = setting("v", "squared error of v, or of x (that times (1 - t)^2)", LOSSES)
+    t_eps: float = setting(0.05, "floor of the divisors 1 - t and t, also in sampling")
+    logit_t: tuple = setting((-0.8, 0.8), "t = sigmoid(n), n normal of this mean and deviation")
+    label_drop: float = setting(0.1, "share of labels left out in training, for guidance")
 
-# ================================================================ samples
-def generate(net, labels, first, cfg, device):
-    """Sampled latents (N, C, H, W) of classes `labels`. The noise of image i = first, first + 1, ... depends on (seed, i) alone."""
-    noise = torch.stack([torch.randn(net.in_channels, net.grid, net.grid, generator=rng(SAMPLES, cfg.seed, i))
-                         for i in range(first, first + len(labels))]).to(device)
-    with autocast(cfg, device):
-        return sample(net, labels.to(device), noise, cfg.target, cfg.sample_steps, cfg.cfg, cfg.interval, t_eps=cfg.t_eps)
+    # Model
+    model: str = setting("B/1", "size/patch size; nano is for laptops", tuple(MODELS))
+    depth: int = setting(12, "blocks")
+    hidden_size: int = setting(768, "width of a token, in channels")
+    num_heads: int = setting(0, "attention heads; 0: of 64 channels each")
+    patch_size: int = setting(1, "side of a token, in latent positions")
+    bottleneck: int = setting(0, "channels between latent and token; 0: none, as released")
 
-def pictures(vae, latents):                           # -> uint8 (N, 3, H, W) on the CPU
-    need(latents.isfinite().all(), "the sampled latents are not finite: damaged weights, or too large a --cfg", 1)
-    return torch.cat([to_uint8(decode(vae, z)).cpu() for z in latents.split(32)])
+    # Optimisation
+    steps: int = setting(250_000, "200 epochs of ImageNet")
+    batch: int = setting(1024, "images in a step, on however many GPUs")
+    micro_batch: int = setting(0, "images at a time; 0: largest divisor of batch up to 256")
+    lr: float = setting(0.0, "learning rate; 0: 5e-5 * batch / 256")
+    warmup_epochs: float = setting(5.0, "epochs of linear warm-up; constant afterwards")
+    cooldown: float = setting(0.0, "last share of the steps, over which the rate falls to 0")
+    ema: float = setting(0.9999, "decay of the averaged weights; 0.99 for 1,000 steps")
+    seed: int = setting(0, "of weights, data order and noise")
 
-def sample_command(checkpoint, classes, n, given):
-    """--sample: one image of each of `classes` as a PNG without gaps, or n of all classes as an npz like ADM's: arr_0,
-    uint8 (n, H, W, 3). Finished batches wait in a hidden folder: processes share the work, an interrupted run continues."""
-    need(bool(classes) != bool(n) and 0 < (n or 1) < 10**9, "--sample: say what, --classes 207 360 ... or --n 50000 (at least 1)")
-    useless = given.keys() - SAMPLING - {"target", "t_eps", "seed", "micro_batch", "precision"}
-    need(not useless, f"--{min(useless, default='').replace('_', '-')}: has no use with --sample; the checkpoint decides")
-    cfg = Config(**given)
-    device, out = pick_device(cfg.device), Path(cfg.out or ("samples.npz" if n else "samples.png"))
-    need(out.suffix == (".npz" if n else ".png"), f"--out {out}: needs the ending .npz with --n, .png with --classes")
-    need(not out.exists() and os.access(out.parent, os.W_OK), f"{out}: exists, or its folder is not there to write to")
-    net, known = load_network(checkpoint)
-    need(given.get("target") in (None, known["target"]) or known["target"] not in ("x", "eps", "v"), "--target: the checkpoint has its own")
-    cfg = replace(cfg, **{k: v for k, v in known.items() if k not in given})
-    need(n or 0 <= min(classes) <= max(classes) < net.num_classes, f"--classes: the checkpoint has classes 0 to {net.num_classes - 1}")
-    labels = torch.arange(n) % net.num_classes if n else torch.tensor(classes)
-    WORLD > 1 and dist.init_process_group("gloo", timeout=100 * dist.constants.default_pg_timeout)        # waits for all
-    vae, micro = load_vae(cfg.vae, device), min(len(labels), cfg.micro_batch or 256)
-    made_by = repr((micro, labels.tolist(), replace(cfg, out="", device="", compile="auto")))     # what makes the pixels
-    digest = hashlib.sha256(made_by.encode() + b"".join(v.numpy().tobytes() for v in net.state_dict().values())).hexdigest()[:12]
-    parts, net = out.with_name(f".tmp.{out.name}.{digest}"), compiled(net.to(device), cfg, device)
-    files = {first: parts / f"{first:09d}.npy" for first in range(0, len(labels), micro)}
-    for first in tqdm(list(files)[RANK::WORLD], unit=f"x {micro} images", disable=RANK > 0):
-        if not files[first].exists():                 # the last batch is filled up: one shape to compile for
-            parts.mkdir(parents=True, exist_ok=True)
-            images = pictures(vae, generate(net, labels.roll(-first)[:micro], first, cfg, device)[:len(labels) - first])
-            with atomic(files[first]) as tmp:
-                np.save(tmp, images.permute(0, 2, 3, 1).contiguous().numpy())
-    WORLD > 1 and (dist.barrier(), dist.destroy_process_group())
-    if RANK:
-        return
-    with reading(parts, "a damaged batch; delete this folder and start again", 1, (ValueError, EOFError)):
-        size, images = np.load(files[0], mmap_mode="r").shape[1:], (np.load(path) for path in files.values())      # (B, H, W, 3) each
-        if n:
-            with atomic(out) as tmp, zipfile.ZipFile(tmp, "w") as z, z.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
-                np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (n, *size)})
-                f.writelines(images)
-        else:
-            rows = max(d for d in range(1, math.isqrt(len(labels)) + 1) if len(labels) % d == 0)  # as square as it gets
-            save_grid(out, torch.from_numpy(np.concatenate([*images])).permute(0, 3, 1, 2), len(labels) // rows)
-    [shutil.rmtree(left) for left in out.parent.iterdir() if left.name[:-12] == f".tmp.{out.name}."]     # other settings' batches, too
-    print(f"wrote {out}: {cfg.target}-prediction, {cfg.sample_steps} Heun steps, guidance {cfg.cfg} on {cfg.interval}, seed {cfg.seed}")
+    # Sampling
+    sample_steps: int = setting(50, "Heun steps")
+    cfg: float = setting(2.9, "guidance weight; 1: none, at half the cost")
+    interval: tuple = setting((0.1, 1.0), "guidance is on where low < t < high")
 
-# ================================================================ training
-PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}    # dense bf16, datasheets
-def forward_flops(net):
-    """FLOP of one image's forward pass."""
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        copy.deepcopy(net).to("meta")(torch.empty(1, net.in_channels, net.grid, net.grid), torch.empty(1), torch.ones(1).long())
-    return counter.get_total_flops()
+    # Files and machine
+    data: str = setting("latents", "folder that encode.py wrote")
+    out: str = setting("", "run folder; with --sample where the samples go")
+    vae: str = setting("", "repository or folder of the decoder; default: the encoder's own")
+    log_every: int = setting(100, "steps between log lines")
+    save_every: int = setting(0, "steps between checkpoints; 0: every 15 minutes")
+    sample_every: int = setting(10_000, "steps between pictures of samples; 0: none")
+    workers: int = setting(4, "processes that read latents ahead; 0: none")
+    device: str = setting("", "cuda, mps or cpu; default: the best there is")
+    precision: str = setting("auto", "of products; auto: bf16 on cuda", ("auto", "bf16", "fp32"))
+    compile: str = setting("auto", "torch.compile; auto: on cuda", ("auto", "on", "off"))
 
-def build(cfg, shape, num_classes, device):
-    """Network, its average (EMA) and optimizer, for latents of `shape` (C, H, W)."""
-    torch.manual_seed(cfg.seed)                       # initial weights: the same on every rank, for every target
-    net = JLT(shape[1], cfg.patch_size, shape[0], cfg.hidden_size, cfg.depth, cfg.num_heads, num_classes, cfg.bottleneck).to(device)
-    opt = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True)
-    return net, copy.deepcopy(net).requires_grad_(False), opt
 
-def update(net, ema, opt, decay):
-    """Clips the gradient, takes AdamW's step and averages the weights -> gradient norm, not waited for."""
+# The first field of each group, for --help.
+GROUPS = {
+    "target": "what is learned",
+    "model": "model",
+    "steps": "optimisation",
+    "sample_steps": "sampling",
+    "data": "files and machine",
+}
+# A run may be continued with another value of these: its weights stay what they would have been.
+FREE = {
+    *("steps", "sample_steps", "cfg", "interval", "vae", "out"),
+    *("log_every", "save_every", "sample_every", "workers", "device", "compile"),
+}
+
+
+def flag(name):
+    """sample_steps -> --sample-steps"""
+    return "--" + name.replace("_", "-")
+
+
+def check_config(config):
+    """Raises Stop, in one line that names the flag, for values that mean nothing."""
+
+    def need(condition, name, rule):
+        value = getattr(config, name)
+        require(condition(value), f"{flag(name)} {value}: must be {rule}")
+
+    for name in ("depth", "hidden_size", "patch_size", "steps", "batch", "sample_steps"):
+        need(lambda value: value > 0, name, "positive")
+    need(lambda value: value > 0, "log_every", "positive")
+    for name in ("num_heads", "bottleneck", "micro_batch", "seed", "save_every", "sample_every"):
+        need(lambda value: value >= 0, name, "0 or more")
+    need(lambda value: value >= 0, "workers", "0 or more")
+    for name in ("lr", "warmup_epochs"):
+        need(lambda value: 0 <= value < 1e15, name, "a number, 0 or more")
+    for name in ("cooldown", "label_drop"):
+        need(lambda value: 0 <= value <= 1, name, "from 0 to 1")
+    need(lambda value: 0 <= value < 1, "ema", "from 0 to below 1")
+    need(lambda value: 0 < value <= 1, "t_eps", "above 0, and 1 at most")
+    need(math.isfinite, "cfg", "a number")
+    need(lambda value: value[1] >= 0, "logit_t", "a mean and a standard deviation")
+    need(lambda value: 0 <= value[0] < value[1] <= 1, "interval", "low < high, from 0 to 1")
+    need(lambda value: value < 2**63, "seed", "below 2^63")
+
+    heads = config.num_heads
+    if heads:
+        rule = f"a multiple of 4 for each of {heads} heads"
+        need(lambda value: value % (4 * heads) == 0, "hidden_size", rule)
+    else:
+        need(lambda value: value % 4 == 0, "hidden_size", "a multiple of 4")
+    if config.micro_batch:
+        rule = f"a divisor of --batch {config.batch}"
+        need(lambda value: config.batch % value == 0, "micro_batch", rule)
+
+
+def configure(**given):
+    """-> Config: the paper's values, then those of the model's name, then the given ones, then what
+    follows from them. Raises Stop for values that mean nothing."""
+    config = Config(**MODELS[given.get("model", "B/1")] | given)
+    check_config(config)
+    filled = {}
+    if not config.num_heads:
+        # Of 64 channels or a few more, and a multiple of 4 for RoPE.
+        most = max(1, config.hidden_size // 64)
+        fitting = [n for n in range(1, most + 1) if config.hidden_size % (4 * n) == 0]
+        filled["num_heads"] = fitting[-1]
+    if not config.micro_batch:
+        most = min(config.batch, 256)
+        filled["micro_batch"] = max(n for n in range(1, most + 1) if config.batch % n == 0)
+    if not config.lr:
+        filled["lr"] = 5e-5 * config.batch / 256
+    if not config.out:
+        suffix = "" if config.loss == "v" else "-xloss"
+        filled["out"] = f"runs/{config.model.replace('/', '-')}-{config.target}{suffix}"
+    return replace(config, **filled)
+
+
+def autocast(config, device):
+    """bfloat16 matrix products over float32 weights, or nothing."""
+    on = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def compiles(config, device):
+    return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+
+
+# =============================================================== data order and noise
+# Everything random is a function of (seed, step, micro-batch): a run is continued exactly with
+# nothing but the step's number, and does not depend on how many processes share the work.
+ORDER, FLIPS, NOISE, SAMPLES = range(4)  # streams of random numbers
+
+
+def rng(stream, *key, device="cpu"):
+    """A random generator that is a function of integers."""
+    sequence = np.random.SeedSequence((stream, len(key), *key))
+    seed = int(sequence.generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(seed)
+
+
+@lru_cache(2)
+def epoch_order(n, seed, epoch):
+    """The order in which an epoch shows n images."""
+    return torch.randperm(n, generator=rng(ORDER, seed, epoch))
+
+
+def picks(n, config, step, m):
+    """-> the (index, flip) pairs of micro-batch m of a step, of n images. An epoch shows every
+    image once; each is mirrored half the time."""
+    first = step * config.batch + m * config.micro_batch
+    positions = range(first, first + config.micro_batch)
+    indices = [int(epoch_order(n, config.seed, p // n)[p % n]) for p in positions]
+    generator = rng(FLIPS, config.seed, step, m)
+    flips = torch.rand(config.micro_batch, generator=generator) < 0.5
+    return list(zip(indices, flips.tolist(), strict=True))
+
+
+class MicroBatches(Sampler):
+    """The picks of every micro-batch of one process, from step `start` on: of micro-batches
+    0, 1, 2, ... process r of w takes r, r + w, r + 2w, ..."""
+
+    def __init__(self, n, config, start=0, rank=0, world=1):
+        self.n = n
+        self.config = config
+        self.start = start
+        self.rank = rank
+        self.world = world
+
+    def __iter__(self):
+        count = self.config.batch // self.config.micro_batch
+        for step in range(self.start, self.config.steps):
+            for m in range(self.rank, count, self.world):
+                yield picks(self.n, self.config, step, m)
+
+
+class PickedLatents(Dataset):
+    """Latents (C, H, W), as precise as the file, and labels, by (index, flip)."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, pick):
+        index, flip = pick
+        return self.data.read(index, flip), self.data.labels[index]
+
+
+def ignore_interrupts(worker):
+    """Ctrl-C reaches the reading processes, too; the training process finishes its step first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def micro_batches(data, config, device, start=0):
+    """-> iterator over x (B, C, H, W) and y (B,) of this process's micro-batches, read ahead."""
+    rank, world = processes()
+    loader = DataLoader(
+        PickedLatents(data),
+        batch_sampler=MicroBatches(len(data), config, start, rank, world),
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupts,
+    )
+    return iter(loader)
+
+
+def draws(config, step, m, x, y, num_classes):
+    """Times t (B,), noise eps (B, C, H, W) and labels after dropout (B,) of a micro-batch: the same
+    for every target. t is logit-normal: neither end of the path teaches much."""
+    generator = rng(NOISE, config.seed, step, m, device=x.device)
+    mean, std = config.logit_t
+    t = torch.sigmoid(torch.randn(len(x), generator=generator, device=x.device) * std + mean)
+    eps = torch.randn(x.shape, generator=generator, device=x.device)
+    dropped = torch.rand(len(x), generator=generator, device=x.device) < config.label_drop
+    return t, eps, torch.where(dropped, num_classes, y)
+
+
+# =============================================================== training
+@dataclass
+class Run:
+    """A training run: what it is about, and what changes from step to step."""
+
+    config: Config
+    data: encode.LatentDataset
+    device: torch.device
+    net: JLT
+    ema: JLT  # the average of the weights over the steps, which samples
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # finished steps
+
+    @property
+    def folder(self):
+        return Path(self.config.out)
+
+    @property
+    def checkpoint(self):
+        return self.folder / "ckpt.pt"
+
+
+def build(config, data, device):
+    """-> Run with new weights, the same for every target and on every process."""
+    channels, input_size, _ = data.shape
+    tiles = input_size % config.patch_size == 0
+    require(tiles, f"--patch-size {config.patch_size}: does not divide latents of {input_size}")
+    torch.manual_seed(config.seed)
+    net = JLT(
+        input_size=input_size,
+        patch_size=config.patch_size,
+        in_channels=channels,
+        hidden_size=config.hidden_size,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        num_classes=data.num_classes,
+        bottleneck=config.bottleneck,
+    ).to(device)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True
+    )
+    return Run(config, data, device, net, ema, optimizer)
+
+
+def learning_rate(config, step, images):
+    """Of step 1, 2, ... on a data set of so many images: a linear warm-up, then constant."""
+    warmup = max(1, round(config.warmup_epochs * images / config.batch))
+    left = config.steps + 1 - step
+    return config.lr * min(1, step / warmup, left / max(1, config.cooldown * config.steps))
+
+
+def accumulate_gradients(run, error_of, batches, log):
+    """Adds up the gradients of this process's micro-batches of the next step. -> its share of the
+    loss, a tensor that is not waited for."""
+    config = run.config
+    rank, world = processes()
+    count = config.batch // config.micro_batch
+    loss = torch.zeros((), device=run.device)
+    for m in range(rank, count, world):
+        x, y = next(batches)
+        # float16 on the way to the device, float32 there.
+        x = x.to(run.device, non_blocking=True).float()
+        y = y.to(run.device, non_blocking=True)
+        # Outside of what is compiled, which has another stream of random numbers.
+        t, eps, y = draws(config, run.step, m, x, y, run.data.num_classes)
+        with autocast(config, run.device):
+            errors = error_of(run.net, x, y, t, eps, config.target, config.t_eps, config.loss)
+        (errors.mean() / count).backward()
+        loss += errors.detach().mean() / count
+        log.add_by_time(t, errors.detach())
+    return loss
+
+
+def sum_over_processes(tensor):
+    """In place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+
+
+def sum_gradients(net):
+    """Over the processes, all of them in one sum."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in net.parameters()]
+        flat = nn.utils.parameters_to_vector(gradients)
+        dist.all_reduce(flat)
+        nn.utils.vector_to_parameters(flat, gradients)
+
+
+def update(net, ema, optimizer, decay):
+    """Clips the gradient to norm 1, takes AdamW's step, averages the weights. -> gradient norm
+    before clipping, a tensor that is not waited for."""
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    opt.step()
-    opt.zero_grad()
-    torch._foreach_lerp_([a.detach() for a in ema.parameters()], [p.detach() for p in net.parameters()], 1 - decay)
+    optimizer.step()
+    optimizer.zero_grad()
+    averages = [p.detach() for p in ema.parameters()]
+    weights = [p.detach() for p in net.parameters()]
+    torch._foreach_lerp_(averages, weights, 1 - decay)
     return norm
 
-def train(cfg):
-    """Trains cfg.target on cfg.data, or continues the run in cfg.out. Returns the run folder."""
-    device, cfg, data = pick_device(cfg.device), resolve(cfg), LatentDataset(cfg.data)
-    cfg, out, micros = replace(cfg, vae=cfg.vae or data.headers[0].get("vae", VAE)), Path(cfg.out), cfg.batch // cfg.micro_batch
-    need(WORLD <= micros, f"{WORLD} processes for {micros} micro-batches; give --micro-batch {max(1, cfg.batch // WORLD)} or less")
-    if WORLD > 1:                                     # gloo, on the CPU, carries the flag that says "stop"
+
+@contextlib.contextmanager
+def noted_signals():
+    """Yields a list that fills with SIGINT and SIGTERM instead of ending the program; a second
+    one of a kind ends it at once."""
+    noted = []
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(config):
+    """Trains on config.data, or continues the run in config.out. -> the run's folder."""
+    run = begin(config)
+    config = run.config
+    decoder = load_decoder(run)
+    log = Log(run)
+    saver = Saver(run)
+    error_of = flow_error
+    if compiles(config, run.device):
+        error_of = torch.compile(flow_error, dynamic=False)
+    batches = micro_batches(run.data, config, run.device, run.step)
+    stop = False
+    with noted_signals() as signals:
+        while run.step < config.steps and not stop:
+            # One step.
+            lr = learning_rate(config, run.step + 1, len(run.data))
+            run.optimizer.param_groups[0]["lr"] = lr
+            loss = accumulate_gradients(run, error_of, batches, log)
+            sum_gradients(run.net)
+            norm = update(run.net, run.ema, run.optimizer, config.ema)
+            run.step += 1
+            log.add(loss, norm)
+
+            # Once in a while: log, save, draw. Only here the host waits for the GPU.
+            stop, save = agree(bool(signals), saver.due())
+            save = save or stop or run.step == config.steps
+            draw = config.sample_every and run.step % config.sample_every == 0
+            if save or draw or log.due():
+                log.write(lr)
+                if save:
+                    saver.save()
+                if draw and decoder:
+                    draw_samples(run, decoder)
+                log.restart_clock()
+    saver.wait()
+    finish(run, stop)
+    return run.folder
+
+
+def agree(stop, save):
+    """-> whether any process was told to stop, and whether the first one wants to save."""
+    flags = torch.tensor([stop, save])
+    if dist.is_initialized():
+        # On the CPU, so that the GPU is not waited for.
+        flags = flags.int()
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags[0]), bool(flags[1])
+
+
+def begin(config):
+    """-> Run, new or continued: opens the data, joins the processes, reads the checkpoint."""
+    rank, world = processes()
+    device = encode.pick_device(config.device)
+    data = encode.LatentDataset(config.data)
+    count = config.batch // config.micro_batch
+    fit = f"give --micro-batch {max(1, config.batch // world)} or less"
+    require(world <= count, f"{world} processes for {count} micro-batches; {fit}")
+    if world > 1:
+        # gloo carries the flags of agree(), which live on the CPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    total = dist.all_reduce if WORLD > 1 else lambda tensor: None         # a sum over the processes, in place
-    net, ema, opt = build(cfg, data.shape, data.num_classes, device)
-    path, log_file, start, stop, vae = out / "ckpt.pt", out / "log.jsonl", 0, 0, None
-    made_of = data.labels.numpy().tobytes() + repr(data.origin).encode()
-    identity = f"{len(data):,} latents {data.shape} of {data.num_classes} classes (digest {hashlib.sha256(made_of).hexdigest()[:8]})"
-    if path.exists():                                 # continue, if it was made with these settings and data
-        state, new = load_file(path), asdict(cfg) | {"data": identity}
-        with reading(path, "not a checkpoint of this program; give another --out"):
-            old, start = state["config"] | {"data": state["identity"]}, state["step"]
-            fixed = new.keys() - FREE | ({"steps"} if cfg.cooldown else set())          # a cool-down depends on where it ends
-            other = [f"{k} {old.get(k)} (now {new[k]})" for k in sorted(fixed) if old.get(k) != new[k]]
-            need(not other, f"{path}: made with other settings: {', '.join(other)}; give another --out")
-            for name, part in {"model": net, "ema": ema, "optimizer": opt}.items():
-                part.load_state_dict(state[name])
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        with reading(log_file, "a damaged line; delete the file, and the run goes on"):
-            lines = log_file.read_text().splitlines(True) if log_file.exists() else []
-            kept = [line for line in lines if line[-1] == "\n" and json.loads(line)["step"] <= start]   # the others come again
-        with atomic(log_file) as tmp:
-            tmp.write_text("".join(kept))
-        begin = f"continuing at step {start:,}" if start else "from the start" + ", for want of a ckpt.pt" * bool(lines)
-        print(f"{out}: {cfg.target}-prediction, {sum(p.numel() for p in net.parameters()):,} parameters, {identity}, batch {micros} x "
-              f"{cfg.micro_batch} on {WORLD} x {device}, {begin}", flush=True)
-    if RANK == 0 and 0 < cfg.sample_every <= cfg.steps:
+    if not config.vae:
+        config = replace(config, vae=data.settings.get("vae", encode.VAE))
+    run = build(config, data, device)
+    if run.checkpoint.exists():
+        resume(run)
+    if rank == 0:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        settings = asdict(run.config) | {"data": describe(data), "torch": torch.__version__}
+        with replacing(run.folder / "run.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=1))
+        parameters = sum(p.numel() for p in run.net.parameters())
+        print(f"{run.folder}: {config.target}-prediction, {parameters:,} parameters")
+        print(f"data: {describe(data)}")
+        print(
+            f"batch: {count} x {config.micro_batch} images on {world} x {device}; "
+            f"learning rate {config.lr:g}, EMA {config.ema:g}, seed {config.seed}; "
+            f"all settings: {run.folder / 'run.json'}"
+        )
+        start = f"continuing at step {run.step:,}" if run.step else "from the start"
+        print(f"{start}, up to step {config.steps:,}", flush=True)
+    return run
+
+
+def describe(data):
+    """A line that tells caches apart: other pictures, another encoder, other labels."""
+    key = (data.origin, data.labels.tolist())
+    digest = encode.hashlib.sha256(repr(key).encode()).hexdigest()[:8]
+    shape = "x".join(map(str, data.shape))
+    return f"{len(data):,} latents {shape} of {data.num_classes} classes (digest {digest})"
+
+
+def resume(run):
+    """Reads run.checkpoint into the run. Raises Stop, naming what differs, if it was made with
+    other settings or data."""
+    state = load_file(run.checkpoint)
+    advice = "not a checkpoint of this program; give another --out"
+    with encode.reading(run.checkpoint, advice):
+        old = state["config"] | {"data": state["data"]}
+        new = asdict(run.config) | {"data": describe(run.data)}
+        # Where the rate falls to 0 depends on where the run ends.
+        free = FREE - {"steps"} if run.config.cooldown else FREE
+        other = [name for name in new if name not in free and old.get(name) != new[name]]
+        changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in other)
+        line = f"{run.checkpoint}: made with other settings: {changes}; give another --out"
+        require(not other, line)
+        run.net.load_state_dict(state["model"])
+        run.ema.load_state_dict(state["ema"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.step = state["step"]
+
+
+def load_file(path):
+    """torch.load that runs no code from the file: argparse.Namespace is the one class it may name.
+    Raises Stop for a damaged file."""
+    advice = "damaged, or no checkpoint"
+    with encode.reading(path, advice), torch.serialization.safe_globals([Namespace]):
+        # torch itself does not look at the checksums.
+        with zipfile.ZipFile(path) as archive:
+            require(archive.testzip() is None, f"{path}: {advice}")
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        names = ", ".join(foreign)
+        require(not foreign, f"{path}: names {names}, and no code is run for a checkpoint")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Saver:
+    """Writes the run's checkpoint from a thread, while training goes on from a copy's original."""
+
+    EVERY = 15 * 60  # seconds
+
+    def __init__(self, run):
+        self.run = run
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = None
+        self.last = time.monotonic()
+
+    def due(self):
+        steps = self.run.config.save_every
+        if steps:
+            return self.run.step % steps == 0
+        return time.monotonic() - self.last > self.EVERY
+
+    def save(self):
+        self.wait()
+        self.last = time.monotonic()
+        rank, _ = processes()
+        if rank == 0:
+            state = to_host(training_state(self.run))
+            self.writing = self.thread.submit(write_checkpoint, self.run.checkpoint, state)
+
+    def wait(self):
+        """Raises what went wrong in the thread."""
+        if self.writing:
+            self.writing.result()
+            self.writing = None
+
+
+def training_state(run):
+    """What a checkpoint holds. (Data order and noise need nothing but the step.)"""
+    return {
+        "config": asdict(run.config),
+        "data": describe(run.data),
+        "classes": run.data.class_names,
+        "grid": run.net.input_size,
+        "step": run.step,
+        "model": run.net.state_dict(),
+        "ema": run.ema.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+    }
+
+
+def to_host(state):
+    """A copy of nested dicts and lists with all tensors on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: to_host(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [to_host(value) for value in state]
+    return state
+
+
+def write_checkpoint(path, state):
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+# Dense bfloat16 products a second, from the data sheets.
+PEAK = {
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def forward_flops(net):
+    """Floating-point operations of one image's forward pass."""
+    z = torch.empty(1, net.in_channels, net.input_size, net.input_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        copy.deepcopy(net).to("meta")(z, torch.empty(1), torch.ones(1).long())
+    return counter.get_total_flops()
+
+
+class Log:
+    """Collects what steps made, on the device and without waiting for it; prints it now and then
+    and appends it to log.jsonl."""
+
+    BINS = 10  # of t, for the loss by t: there x and v differ
+
+    def __init__(self, run):
+        self.run = run
+        self.path = run.folder / "log.jsonl"
+        self.rank, world = processes()
+        self.peak = 0
+        if run.device.type == "cuda":
+            self.peak = world * PEAK.get(torch.cuda.get_device_name(run.device), 0)
+            torch.cuda.reset_peak_memory_stats(run.device)
+        # A backward pass costs two forward ones.
+        self.flops = 3 * forward_flops(run.net)
+        if self.rank == 0:
+            self.drop_lines_after(run.step)
+        self.clear()
+        self.restart_clock()
+
+    def drop_lines_after(self, step):
+        """Those steps come again."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_text().splitlines()
+        with encode.reading(self.path, "a damaged line; remove the file, and the run goes on"):
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
+
+    def clear(self):
+        self.losses = []
+        self.norms = []
+        self.by_time = torch.zeros(2, self.BINS, device=self.run.device)  # sums, counts
+
+    def restart_clock(self):
+        """Saving and drawing are not training."""
+        self.started = time.perf_counter()
+
+    def add_by_time(self, t, errors):
+        bins = (self.BINS * t).long().clamp(max=self.BINS - 1)
+        self.by_time.index_add_(1, bins, torch.stack([errors, torch.ones_like(errors)]))
+
+    def add(self, loss, norm):
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def due(self):
+        return self.run.step in (1, 10) or self.run.step % self.run.config.log_every == 0
+
+    def write(self, lr):
+        """Raises Stop if a loss or a gradient was not finite."""
+        losses = torch.stack(self.losses)  # (steps,)
+        norms = torch.stack(self.norms)
+        sum_over_processes(losses)
+        sum_over_processes(self.by_time)
+        self.check_finite(losses, norms)
+        config = self.run.config
+        seconds = (time.perf_counter() - self.started) / len(losses)
+        rate = config.batch / seconds
+        row = {
+            "step": self.run.step,
+            "loss": losses.mean().item(),
+            "grad_norm": norms.mean().item(),
+            "lr": lr,
+            "ms": 1000 * seconds,
+            "images_per_s": rate,
+            "loss_by_t": [
+                s / n if n else None for s, n in zip(*self.by_time.tolist(), strict=True)
+            ],
+        }
+        if self.peak:
+            row["mfu"] = rate * self.flops / self.peak
+        if self.run.device.type == "cuda":
+            row["gib"] = torch.cuda.max_memory_allocated(self.run.device) / 2**30
+        if self.rank == 0:
+            self.show(row)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.clear()
+
+    def check_finite(self, losses, norms):
+        bad = ~(losses.isfinite() & norms.isfinite())
+        if bad.any():
+            step = self.run.step - len(losses) + 1 + int(bad.int().argmax())
+            line = f"{self.run.folder}: the loss or gradient of step {step:,} is not finite"
+            advice = "the last checkpoint is from before; try a lower --lr, or --precision fp32"
+            raise Stop(f"{line}; {advice}", 1)
+
+    def show(self, row):
+        steps = self.run.config.steps
+        eta = (steps - row["step"]) * row["ms"] / 1000
+        parts = [
+            f"step {row['step']:,}/{steps:,} {row['step'] / steps:.1%}",
+            f"loss {row['loss']:.4f}",
+            f"grad {row['grad_norm']:.3f}",
+            f"lr {row['lr']:.2e}",
+            f"{row['ms']:.0f} ms/step {row['images_per_s']:,.0f} images/s",
+        ]
+        if "mfu" in row:
+            parts.append(f"mfu {row['mfu']:.1%}")
+        if "gib" in row:
+            parts.append(f"{row['gib']:.1f} GiB")
+        parts.append(f"eta {tqdm.format_interval(eta)}")
+        print(" | ".join(parts), flush=True)
+        if row["step"] % (10 * self.run.config.log_every) == 0:
+            values = ["-" if value is None else f"{value:.3f}" for value in row["loss_by_t"]]
+            print("  loss by t, from noise to data:", *values, flush=True)
+
+
+def load_decoder(run):
+    """-> the VAE that draws samples on the way, or None where there is none: pictures are worth a
+    line, not the run."""
+    config = run.config
+    rank, _ = processes()
+    if rank or not 0 < config.sample_every <= config.steps:
+        return None
+    try:
+        vae = encode.load_vae(config.vae, run.device)
+        channels = run.data.shape[0]
+        require(vae.channels == channels, f"{config.vae} does not decode {channels} channels")
+        return vae
+    except Stop as error:
+        print(f"no pictures on the way: {error}", flush=True)
+        return None
+
+
+def draw_samples(run, decoder):
+    """A picture of 16 classes spread over all, from the averaged weights; always the same noise."""
+    labels = torch.linspace(0, run.data.num_classes - 1, 16).long()
+    try:
+        latents = generate(run.ema, labels, range(16), run.config, run.device)
+        grid = encode.image_grid(pictures(decoder, latents), columns=8)
+        encode.save_png(run.folder / f"samples_{run.step:07d}.png", grid)
+    except Exception as error:
+        # Out of memory, say: training goes on.
+        print(f"no picture at step {run.step:,}: {error}", flush=True)
+
+
+def finish(run, stopped):
+    """After the last step, or a signal."""
+    rank, _ = processes()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stopped:
+        line = f"{run.folder}: stopped by a signal, saved at step {run.step:,}"
+        raise Stop(f"{line}; the same command continues", 130)
+    if rank == 0:
+        write_ema(run.folder / "ema.safetensors", load_file(run.checkpoint))
+        print(f"{run.folder}: {run.step:,} steps done; ema.safetensors is what samples")
+        print(f"python jlt.py --sample {run.folder} --classes 0 1")
+
+
+# =============================================================== sampling from checkpoints
+@dataclass
+class Trained:
+    """A network to sample from, and what its checkpoint says of it."""
+
+    net: JLT
+    target: str
+    t_eps: float
+    vae: str
+    class_names: list
+    weights: str  # which ones, in words
+
+
+def write_ema(path, state):
+    """Writes what a run gives away: the averaged weights of a checkpoint under the model's own
+    names, settings and class names in the header, no pickle."""
+    about = {key: state[key] for key in ("config", "classes", "grid", "step")}
+    with replacing(path) as temporary:
+        temporary.write_bytes(encode.save(state["ema"], {"jlt": json.dumps(about)}))
+
+
+def read_ema(path):
+    """-> the state that write_ema was given, without what does not sample."""
+    with encode.reading(path, "no averaged weights of this program"):
+        with encode.safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["jlt"])
+        return state | {"ema": encode.load_file(path)}
+
+
+def network_of(weights, input_size):
+    """-> JLT with these weights (by name); the architecture is read from their shapes."""
+    direct = "x_embedder.proj.weight" in weights
+    stem = weights["x_embedder.proj.weight" if direct else "x_embedder.proj1.weight"]
+    hidden_size = len(weights["t_embedder.mlp.2.bias"])
+    net = JLT(
+        input_size=input_size,
+        patch_size=stem.shape[2],
+        in_channels=stem.shape[1],
+        hidden_size=hidden_size,
+        depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
+        num_heads=hidden_size // len(weights["blocks.0.attn.q_norm.weight"]),
+        num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1,
+        bottleneck=0 if direct else len(stem),
+    )
+    net.load_state_dict(weights)
+    return net.eval().requires_grad_(False)
+
+
+def from_ours(state):
+    config = state["config"]
+    return Trained(
+        net=network_of(state["ema"], state["grid"]),
+        target=config["target"],
+        t_eps=config["t_eps"],
+        vae=config["vae"],
+        class_names=state["classes"],
+        weights=f"EMA of step {state['step']:,}",
+    )
+
+
+def from_published(state):
+    """The layout of the paper's checkpoint-last.pth. Its first EMA samples."""
+    args = state["args"]
+    weights = {}
+    for name, value in state["model_ema1"].items():
+        name = name.removeprefix("module.").removeprefix("net.")
+        weights[name] = value.float()
+    # Was trained along, but is used nowhere.
+    weights.pop("mask_token", None)
+    # A bool in the released code: False is x-prediction, True is v. Older files lack it.
+    predicts_v = getattr(args, "flow_matching", False)
+    return Trained(
+        net=network_of(weights, args.img_size // 16),
+        target="v" if predicts_v else "x",
+        t_eps=getattr(args, "t_eps", 0.05),
+        vae=encode.VAE,
+        class_names=[],
+        weights=f"first EMA (model_ema1) of epoch {state.get('epoch', 'unknown')}",
+    )
+
+
+def load_network(path):
+    """-> Trained, from our checkpoints (a run folder, its ckpt.pt or ema.safetensors) or the
+    paper's. Raises Stop for anything else."""
+    path = Path(path)
+    if path.is_dir():
+        # A run that was given away holds ema.safetensors only.
+        there = (path / "ckpt.pt").exists()
+        path = path / ("ckpt.pt" if there else "ema.safetensors")
+    require(path.exists(), f"{path}: no such file; --sample takes a run folder or a checkpoint")
+    state = read_ema(path) if path.suffix == ".safetensors" else load_file(path)
+    with encode.reading(path, "holds no JLT"):
+        trained = from_published(state) if "model_ema1" in state else from_ours(state)
+    print(f"{path}: {trained.target}-prediction, {trained.weights}", flush=True)
+    return trained
+
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def find_checkpoint(name):
+    """A path as it is; of a hub repository's name, the file that it holds, fetched once."""
+    if Path(name).exists():
+        return Path(name)
+    local = f"{name}: no such file or run folder"
+    require(HUB_NAME.fullmatch(name), f"{local}, and no repository's name (owner/name) either")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    by_hand = f"fetch it by hand: hf download {name} checkpoint-last.pth --local-dir ."
+    with encode.reading(name, f"no such file here, and not to be had from the hub; {by_hand}", 1):
         try:
-            vae = load_vae(cfg.vae, device)
-            need(isinstance(vae, dict) or len(vae.bn.running_mean) == data.shape[0], f"{cfg.vae}: not for {data.shape[0]} channels")
-        except Stop as e:
-            vae = None
-            print(f"no pictures on the way: {e.args[0]}", flush=True)
-    loss_fn, flops = compiled(flow_loss, cfg, device), 3 * forward_flops(net)           # a backward pass costs two forward ones
-    warmup = max(1, round(cfg.warmup_epochs * len(data) / cfg.batch))
-    peak = WORLD * PEAK.get(torch.cuda.get_device_name(device), 0) if device.type == "cuda" else 0
-    device.type == "cuda" and torch.cuda.reset_peak_memory_stats(device)
-    stream = batches(data, cfg, ((s, m) for s in range(start, cfg.steps) for m in range(RANK, micros, WORLD)), device)
-    recent, bins, clock, caught, step = [], torch.zeros(2, 10, device=device), time.perf_counter(), [], start
-    handler = lambda s, _: (caught.append(s), signal.signal(s, signal.SIG_DFL))         # first: end this step; second: at once
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+            return Path(hf_hub_download(name, "checkpoint-last.pth"))
+        except EntryNotFoundError:
+            # A run of this program.
+            return Path(hf_hub_download(name, "ema.safetensors"))
 
-    for step in range(start + 1, cfg.steps + 1):      # ------------------------- one step
-        lr = opt.param_groups[0]["lr"] = cfg.lr * min(1, step / warmup, (cfg.steps + 1 - step) / max(1, cfg.cooldown * cfg.steps))
-        step_loss = torch.zeros((), device=device)
-        for m in range(RANK, micros, WORLD):
-            x, y = next(stream)
-            t, eps, y = draws(cfg, step - 1, m, x, y, data.num_classes)   # outside what is compiled
-            with autocast(cfg, device):
-                losses = loss_fn(net, x, y, t, eps, cfg.target, cfg.t_eps, per_image=True)      # (B,)
-            (losses.mean() / micros).backward()
-            step_loss += losses.detach().mean() / micros
-            bins.index_add_(1, (10 * t).long().clamp(max=9), torch.stack([losses.detach(), torch.ones_like(t)]))
-        if WORLD > 1:                                 # all gradients in one sum over the processes
-            total(flat := nn.utils.parameters_to_vector(grads := [p.grad for p in net.parameters()]))
-            nn.utils.vector_to_parameters(flat, grads)
-        recent.append(torch.stack([step_loss, update(net, ema, opt, cfg.ema)]))
-        # ----------------------------------------------------------------------- once in a while
-        total(stop := torch.tensor(len(caught)))
-        save = step % cfg.save_every == 0 or step == cfg.steps or stop
-        if save or step % cfg.log_every == 0:         # here, and only here, the host waits for the GPU
-            losses, norms = torch.stack(recent, 1)                        # (steps since the last line,) each
-            total(losses), total(bins)
-            good = (losses.isfinite() & norms.isfinite()).int()
-            need(good.all(), f"{out}: loss or gradient not finite at step {step - len(recent) + 1 + int(good.argmin()):,}; "
-                 "ckpt.pt, if any, is from before; try a lower --lr, or --precision fp32", 1)
-            seconds = (time.perf_counter() - clock) / len(recent)
-            row = {"step": step, "loss": losses.mean().item(), "grad_norm": norms.mean().item(), "lr": lr, "ms": 1000 * seconds,
-                   "images_per_s": cfg.batch / seconds, "mfu": cfg.batch / seconds * flops / peak if peak else 0,
-                   "gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0,
-                   "loss_by_t": [loss / n if n else None for loss, n in zip(*bins.tolist())]}
-            recent = []
-            bins.zero_()
-            if RANK == 0:
-                print(f"step {step:,}/{cfg.steps:,} {step / cfg.steps:.1%} | loss {row['loss']:.4f} | grad {row['grad_norm']:.3f} | "
-                      f"lr {lr:.2e} | {row['ms']:.0f} ms/step {row['images_per_s']:,.0f} images/s | mfu {row['mfu']:.1%} "
-                      f"{row['gib']:.1f} GiB | eta {tqdm.format_interval((cfg.steps - step) * seconds)}", flush=True)
-                if step % (10 * cfg.log_every) == 0:
-                    print("  loss by t, from noise to data:", *("-" if v is None else f"{v:.3f}" for v in row["loss_by_t"]), flush=True)
-                with reading(log_file, "cannot be written; is the disk full?", 1), open(log_file, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-        if save and RANK == 0:
-            state = {"config": asdict(cfg), "identity": identity, "grid": data.shape[1], "step": step,
-                     "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.state_dict()}
-            with atomic(path) as tmp:
-                torch.save(state, tmp)
-        if vae and step % cfg.sample_every == 0:
-            labels = torch.linspace(0, data.num_classes - 1, 16).long()
-            save_grid(out / f"samples_{step:07d}.png", pictures(vae, generate(ema, labels, 0, cfg, device)), 8)
-        clock = clock if recent else time.perf_counter()                  # saving and drawing are not training
-        if stop:
-            break
-    [signal.signal(*pair) for pair in before.items()]
-    WORLD > 1 and dist.destroy_process_group()
-    need(not stop, f"{out}: stopped by a signal, saved at step {step:,}; the same command continues", 130)
-    RANK or print(f"{out}: {max(start, cfg.steps):,} steps done; samples: python jlt.py --sample {out} --classes 0 1")
-    return out
 
-# ================================================================ target geometry (section 3.2, App. B and D)
+def generate(net, labels, numbers, config, device):
+    """Latents (N, C, H, W) of classes `labels` (N,). The noise of image i of `numbers` depends on
+    (seed, i) alone: not on the batch, nor on how many processes share the work."""
+    shape = (net.in_channels, net.input_size, net.input_size)
+    noise = [torch.randn(shape, generator=rng(SAMPLES, config.seed, i)) for i in numbers]
+    with autocast(config, device):
+        return sample(
+            net,
+            labels.to(device),
+            torch.stack(noise).to(device),
+            config.target,
+            config.sample_steps,
+            config.cfg,
+            config.interval,
+            t_eps=config.t_eps,
+        )
+
+
+def pictures(vae, latents):
+    """-> uint8 (N, 3, H, W) on the CPU."""
+    line = "the sampled latents are not finite: damaged weights, or too large a --cfg"
+    require(latents.isfinite().all(), line, 1)
+    images = [encode.to_uint8(encode.decode(vae, part)).cpu() for part in latents.split(32)]
+    return torch.cat(images)
+
+
+# What --sample takes beside its own flags; the rest is the checkpoint's.
+SAMPLE_FLAGS = {
+    *("out", "vae", "device", "precision", "compile", "micro_batch"),
+    *("sample_steps", "cfg", "interval", "seed", "t_eps"),
+}
+
+
+def sample_command(name, classes, n, labels, given):
+    """--sample: one picture of each of `classes`, or n pictures of all classes in a folder."""
+    line = "--sample: say what, --classes 207 360 ... or --n 50000"
+    require((classes is None) != (n is None), line)
+    require(n is None or n > 0, f"--n {n}: must be positive")
+    for other in sorted(set(given) - SAMPLE_FLAGS):
+        raise Stop(f"{flag(other)}: has no use with --sample; the checkpoint decides it")
+    config = configure(**given)
+    device = encode.pick_device(config.device)
+    path = find_checkpoint(name)
+    trained = load_network(path)
+    config = replace(config, target=trained.target)
+    if "t_eps" not in given:
+        config = replace(config, t_eps=trained.t_eps)
+    if "vae" not in given:
+        config = replace(config, vae=trained.vae)
+    made_by = f"cfg{config.cfg:g}_steps{config.sample_steps}_seed{config.seed}"
+    # Of a run, beside its checkpoint; of a foreign file, in the current folder.
+    home = path if path.is_dir() else path.parent
+    home = home if (home / "run.json").exists() else Path()
+    if classes is None:
+        out = Path(config.out) if "out" in given else home / f"n{n}_{made_by}"
+        sample_folder(trained, n, out, config, device)
+    else:
+        numbers = [class_number(word, trained) for word in classes]
+        which = "_".join(map(str, numbers[:8]))
+        out = Path(config.out) if "out" in given else home / f"classes_{which}_{made_by}.png"
+        sample_classes(trained, numbers, out, labels, config, device)
+
+
+def class_number(word, trained):
+    """ "207" or the name of a class -> its label. Raises Stop for others, naming near ones."""
+    names = trained.class_names
+    last = trained.net.num_classes - 1
+    if word.isdigit():
+        require(int(word) <= last, f"--classes {word}: the checkpoint has classes 0 to {last}")
+        return int(word)
+    numbered = f"--classes {word}: give numbers, 0 to {last}; the checkpoint knows no names"
+    require(names, numbered)
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.4) or names[:3]
+    require(word in names, f"--classes {word}: no class of that name; there are {', '.join(near)}")
+    return names.index(word)
+
+
+def prepare(trained, count, config, device):
+    """-> the network and the VAE on the device, compiled if it is worth the minutes."""
+    compiled = compiles(config, device) and (count >= 64 or config.compile == "on")
+    vae = encode.load_vae(config.vae, device, compiled and device.type == "cuda")
+    channels = trained.net.in_channels
+    line = f"--vae {config.vae}: decodes {vae.channels} channels, the network makes {channels}"
+    require(vae.channels == channels, line)
+    net = trained.net.to(device)
+    if compiled:
+        net.compile(dynamic=False)
+    return net, vae
+
+
+def sample_classes(trained, numbers, out, labels, config, device):
+    """One PNG, a picture for each class number, about as many rows as columns; `labels` asks for
+    a line of class names under each row."""
+    require(out.suffix == ".png", f"--out {out}: needs the ending .png with --classes")
+    encode.require_new(out)
+    rank, _ = processes()
+    if rank:
+        return
+    net, vae = prepare(trained, len(numbers), config, device)
+    latents = generate(net, torch.tensor(numbers), range(len(numbers)), config, device)
+    images = pictures(vae, latents)
+    if labels:
+        names = trained.class_names or [str(i) for i in range(net.num_classes)]
+        strips = [caption(names[i], images.shape[3]) for i in numbers]
+        images = torch.cat([images, torch.stack(strips)], 2)
+    rows = max(r for r in range(1, math.isqrt(len(images)) + 1) if len(images) % r == 0)
+    encode.save_png(out, encode.image_grid(images, columns=len(images) // rows))
+    print(f"wrote {out}: {describe_sampling(config)}")
+
+
+def caption(text, width):
+    """-> a white strip (3, 16, width) with a line of text."""
+    strip = Image.new("RGB", (width, 16), "white")
+    ImageDraw.Draw(strip).text((2, 1), text, "black", ImageFont.load_default(12))
+    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+
+
+def describe_sampling(config):
+    return (
+        f"{config.target}-prediction, {config.sample_steps} Heun steps, "
+        f"guidance {config.cfg:g} on {config.interval}, seed {config.seed}"
+    )
+
+
+def sample_folder(trained, n, folder, config, device):
+    """n pictures 000000.png, 000001.png, ... of classes 0, 1, 2, ... in turn, beside a
+    settings.json. What is there is not made again, and processes share the work by number."""
+    rank, world = processes()
+    open_sample_folder(folder, trained, config)
+    net, vae = prepare(trained, n, config, device)
+    size = min(n, config.micro_batch)
+    batches = [range(first, first + size) for first in range(0, n, size)][rank::world]
+    with ThreadPoolExecutor(8) as writers:
+        writing = []
+        for numbers in tqdm(batches, unit=f"x {size} images", disable=rank > 0):
+            paths = {i: folder / f"{i:06d}.png" for i in numbers if i < n}
+            if all(path.exists() for path in paths.values()):
+                continue
+            # The last batch is as large as the others, for the compiler, and cut afterwards.
+            labels = torch.tensor(numbers) % net.num_classes
+            images = pictures(vae, generate(net, labels, numbers, config, device))
+            for task in writing:
+                task.result()  # raises what went wrong there
+            writing = []
+            for path, image in zip(paths.values(), images, strict=False):
+                if not path.exists():
+                    writing.append(writers.submit(encode.save_png, path, image))
+        for task in writing:
+            task.result()
+    if rank == 0:
+        print(f"wrote {folder}: {n:,} images, {describe_sampling(config)}")
+
+
+def open_sample_folder(folder, trained, config):
+    """Makes the folder with its settings.json. Raises Stop, naming what differs, if it is there
+    with other settings."""
+    settings = {
+        "weights": trained.weights,
+        "target": config.target,
+        "t_eps": config.t_eps,
+        "vae": config.vae,
+        "sample_steps": config.sample_steps,
+        "cfg": config.cfg,
+        "interval": list(config.interval),
+        "seed": config.seed,
+        "precision": config.precision,
+        "num_classes": trained.net.num_classes,
+    }
+    path = folder / "settings.json"
+    if path.exists():
+        with encode.reading(path, "damaged; give another --out"):
+            old = json.loads(path.read_text())
+        other = [key for key in settings if old.get(key) != settings[key]]
+        changes = ", ".join(f"{key} {old.get(key)} (now {settings[key]})" for key in other)
+        require(not other, f"{folder}: made with other settings: {changes}; give another --out")
+        return
+    if folder.exists():
+        require(folder.is_dir(), f"{folder}: is a file; --n writes a folder of images")
+        line = f"{folder}: holds other files; give another --out"
+        require(not encode.list_images(folder), line)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1))
+
+
+# =============================================================== why x
+# Section 3.2, App. B and D of the paper: data is Gaussian, x ~ N(0, diag(lam)), one number a
+# direction. All targets have the same best answer; they differ in what must come out.
+
+
 def gaussian_risk(lam, t):
-    """Least mean squared errors per direction for x ~ N(0, diag(lam)) at time t: the variances left in x, eps and v
-    once z is known (5)-(6), App. B. -> {"x": R_x, "eps": R_eps, "v": R_v}; R_v is R_x / (1 - t)^2."""
+    """(5)-(6) The variances left in x, eps and v once z is known: the least mean squared errors
+    that are possible, by direction on average. R_v is R_x / (1 - t)^2.
+    -> {"x": R_x, "eps": R_eps, "v": R_v}"""
     lam = torch.as_tensor(lam, dtype=torch.float64)
-    d = t ** 2 * lam + (1 - t) ** 2                                       # variance of z
-    parts = {"x": lam * (1 - t) ** 2 / d, "eps": t ** 2 * lam / d, "v": lam / d}
-    return {target: part.mean().item() for target, part in parts.items()}
+    variance_z = t**2 * lam + (1 - t) ** 2
+    return {
+        "x": (lam * (1 - t) ** 2 / variance_z).mean().item(),
+        "eps": (t**2 * lam / variance_z).mean().item(),
+        "v": (lam / variance_z).mean().item(),
+    }
+
 
 def gaussian_gain(lam, t):
-    """E[x|z] / z and E[v|z] / z in a direction of variance lam: how much of z the best prediction hands on (App. B)."""
-    return t * lam / (t ** 2 * lam + (1 - t) ** 2), (t * lam - (1 - t)) / (t ** 2 * lam + (1 - t) ** 2)
+    """(3)-(4) E[x|z] / z and E[v|z] / z in a direction of variance lam: how much of z the best
+    answer hands on. For small lam, x damps z to nothing; v carries it through, as -z / (1 - t)."""
+    variance_z = t**2 * lam + (1 - t) ** 2
+    return t * lam / variance_z, (t * lam - (1 - t)) / variance_z
 
-def effective_rank(lam, order=1):
-    """How many directions carry the variance: exp of the Renyi entropy of lam / sum(lam). Order 1 is Shannon's entropy
-    (Roy & Vetterli 2007), order 2 the participation ratio (sum lam)^2 / sum lam^2, which asks the large directions."""
-    p = F.normalize(torch.as_tensor(lam, dtype=torch.float64), p=1, dim=0)
-    return (torch.special.entr(p).sum().exp() if order == 1 else 1 / p.square().sum()).item()
 
-def tokens(latents, p):                               # (B, C, H, W) -> (B * H/p * W/p, p*p*C)
-    return F.pixel_unshuffle(latents.float(), p).movedim(1, -1).flatten(0, 2)
+def shares(lam):
+    """-> the shares (D,) of the variance that the directions have."""
+    lam = torch.as_tensor(lam, dtype=torch.float64)
+    return lam / lam.sum()
+
+
+def effective_rank(lam):
+    """How many directions carry the variance: exp of the entropy of its shares (Roy & Vetterli
+    2007). The paper means participation_ratio by this name."""
+    return torch.special.entr(shares(lam)).sum().exp().item()
+
+
+def participation_ratio(lam):
+    """(sum lam)^2 / sum lam^2: the same question, with more weight on large directions."""
+    return 1 / shares(lam).square().sum().item()
+
+
+def directions_for(share, lam):
+    """In how many directions, largest first, so large a share of the variance lies."""
+    held = shares(lam).sort(descending=True).values.cumsum(0)
+    return int((held < share).sum()) + 1
+
+
+def tokens(latents, patch_size):
+    """Latents (B, C, H, W) -> (B * N, p*p*C)."""
+    patches = F.pixel_unshuffle(latents.float(), patch_size)
+    return patches.movedim(1, -1).flatten(0, 2)
+
 
 def linear_probe(fit, held_out, t):
-    """App. D: mean squared errors per dimension, on held-out tokens (N, D), of the best linear predictors of x and of v
-    from z at time t (ridge regression in closed form), to set beside gaussian_risk."""
-    x, n = torch.cat([fit, held_out]).double(), len(fit)
+    """App. D: errors by dimension, on held-out tokens (N, D), of the best linear predictors of x
+    and of v from z at time t (ridge regression), to set beside gaussian_risk."""
+    x = torch.cat([fit, held_out]).double()
     eps = torch.randn(x.shape, generator=rng(NOISE, 0), dtype=x.dtype)
-    z = F.pad(t * x + (1 - t) * eps, (0, 1), value=1)                     # a last column for the mean
+    z = F.pad(t * x + (1 - t) * eps, (0, 1), value=1)  # a last column for the mean
+    n = len(fit)
     gram = z[:n].T @ z[:n] + 1e-3 * torch.eye(z.shape[1], dtype=z.dtype)
-    error = lambda y: (y - z @ torch.linalg.solve(gram, z[:n].T @ y[:n]))[n:].square().mean().item()
-    return {"x": error(x), "v": error(x - eps)}                           # (2)
 
-def chart(title, curves):
-    """Curves {name: [(x, y), ...]} with a logarithmic y axis -> image (3, 420, 560)."""
-    image, (xs, ys) = Image.new("RGB", (560, 420), "white"), zip(*(point for points in curves.values() for point in points))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    low, high = math.floor(math.log10(max(min(ys), 1e-5))), math.ceil(math.log10(max(ys)))
-    at = lambda x, y: (60 + 480 * (x - min(xs)) / (max(xs) - min(xs)), 380 - 340 * (math.log10(max(y, 1e-9)) - low) / (high - low))
+    def error(y):
+        weights = torch.linalg.solve(gram, z[:n].T @ y[:n])
+        return (y - z @ weights)[n:].square().mean().item()
+
+    return {"x": error(x), "v": error(x - eps)}
+
+
+CURVE_COLOURS = ("#1f77b4", "#7f7f7f", "#d62728")
+
+
+def chart(title, x_label, curves):
+    """Curves {name: [(x, y), ...]} over a logarithmic y axis -> image uint8 (3, 420, 560)."""
+    image = Image.new("RGB", (560, 420), "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(14)
+    points = [point for curve in curves.values() for point in curve]
+    xs = [x for x, _ in points]
+    left, right = min(xs), max(xs)
+    low = math.floor(math.log10(max(1e-5, min(y for _, y in points))))
+    high = math.ceil(math.log10(max(y for _, y in points)))
+
+    def place(x, y):
+        """In pixels; what lies below the axis stays on it."""
+        exponent = max(low, math.log10(max(y, 1e-30)))
+        across = (x - left) / (right - left)
+        up = (exponent - low) / max(1, high - low)
+        return 60 + 470 * across, 360 - 280 * up
+
     draw.text((60, 10), title, "black", font)
-    for e in range(low, high + 1):
-        draw.line([at(min(xs), 10.0 ** e), at(max(xs), 10.0 ** e)], "#dddddd")
-        draw.text((8, at(0, 10.0 ** e)[1] - 9), f"1e{e}", "black", font)
-    for x in (min(xs), max(xs)):
-        draw.text((at(x, 1)[0] - 8, 386), f"{x:g}", "black", font)
-    for k, ((name, points), colour) in enumerate(zip(curves.items(), ("#1f77b4", "#7f7f7f", "#d62728"))):
-        draw.line([at(*point) for point in points], colour, 3)
-        draw.text((110, 310 + 20 * k), name, colour, font)
+    for exponent in range(low, high + 1):
+        _, y = place(left, 10.0**exponent)
+        draw.line([(60, y), (530, y)], "#dddddd")
+        draw.text((52, y), f"1e{exponent}", "black", font, anchor="rm")
+    for x in (left, (left + right) / 2, right):
+        draw.text((place(x, 1)[0], 368), f"{x:g}", "black", font, anchor="ma")
+    draw.text((295, 392), x_label, "black", font, anchor="ma")
+    legend = 60
+    for (name, curve), colour in zip(curves.items(), CURVE_COLOURS, strict=False):
+        draw.line([place(x, y) for x, y in curve], colour, 3)
+        draw.line([(legend, 50), (legend + 24, 50)], colour, 3)
+        draw.text((legend + 30, 50), name, "black", font, anchor="lm")
+        legend += 60 + 9 * len(name)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-def geometry(folder, cfg):
-    """--geometry: the spectrum of a cache's tokens, and what (3)-(6) make of it. A table, and geometry.png."""
-    folder or cache_digits(folder := Path("runs/digits"))
-    data, p, out = LatentDataset(folder), resolve(cfg).patch_size, Path(cfg.out or "geometry.png")
-    need(data.shape[1] % p == 0 and len(data) > 1, f"{folder}: {len(data)} latents {data.shape} have no {p} x {p} statistics")
-    need(os.access(out.parent, os.W_OK) and not (cfg.out and out.exists()), f"{out}: exists, or its folder is not there to write to")
-    rows = lambda index: tokens(torch.stack([data.item(i)[0] for i in index]), p)
-    statistics = Statistics(data.shape[0] * p * p)
-    for i in tqdm(range(0, len(data), 64), unit="x 64 latents"):
-        statistics.update(rows(range(i, min(i + 64, len(data)))))
-    lam = torch.linalg.eigvalsh(torch.from_numpy(statistics.cov)).flip(0).clamp(min=0)
-    spectra = {"x": lam, "eps": torch.ones_like(lam), "v": lam + 1}       # x and eps are independent
-    some = rows(range(0, len(data), -(-statistics.n // 60_000)))
-    fit, held_out = some[torch.randperm(len(some), generator=rng(ORDER, 0))].chunk(2)
-    print(f"{folder}: {statistics.n:,} tokens of {len(lam)} dimensions; variances {lam[0]:.3g} to {lam[-1]:.3g}, "
-          f"{lam.mean():.3f} on average\n\ntarget   effective rank   participation ratio   share of variance in the smaller half")
-    for target, s in spectra.items():
-        print(f"{target:6} {effective_rank(s):12.1f} {effective_rank(s, 2):17.1f} {s[len(s) // 2:].sum() / s.sum():23.1%}")
-    print("\n   t     R_x   R_eps     R_v   linear probe: x       v   gain in the smallest direction: x       v")
+
+def token_statistics(data, patch_size):
+    """-> eigenvalues (D,) of the covariance of a cache's tokens, descending; how many tokens there
+    are; and up to 60,000 of them, in random order."""
+    from fid import Statistics
+
+    def rows(indices):
+        latents = torch.stack([data[i][0] for i in indices])
+        return tokens(latents, patch_size)
+
+    statistics = Statistics(data.shape[0] * patch_size**2)
+    for first in tqdm(range(0, len(data), 64), unit="x 64 latents"):
+        statistics.update(rows(range(first, min(first + 64, len(data)))))
+    lam = torch.linalg.eigvalsh(torch.from_numpy(statistics.cov))
+    some = rows(range(0, len(data), math.ceil(statistics.n / 60_000)))
+    order = torch.randperm(len(some), generator=rng(ORDER, 0))
+    return lam.flip(0).clamp(min=0), statistics.n, some[order]
+
+
+def geometry(folder, config):
+    """--geometry: the spectrum of a cache's tokens, and what (3)-(6) make of it: two tables, and
+    geometry.png."""
+    out = Path(config.out)
+    encode.require_new(out)
+    data = encode.LatentDataset(folder)
+    p = config.patch_size
+    require(data.shape[1] % p == 0, f"{folder}: patches of {p} do not tile latents {data.shape}")
+    require(len(data) > 1, f"{folder}: one latent has no statistics")
+    lam, count, some = token_statistics(data, p)
+    spectra = {"x": lam, "eps": torch.ones_like(lam), "v": lam + 1}  # x and eps are independent
+
+    print(f"{folder}: {count:,} tokens of {len(lam)} dimensions; variances {lam[0]:.4g} to")
+    print(f"{lam[-1]:.3g}, {lam.mean():.3f} on average")
+    print("\n        effective   participation   90% of the variance   share of the variance")
+    print("target       rank           ratio    in so many directions    in the smaller half")
+    for target, spectrum in spectra.items():
+        half = spectrum[len(spectrum) // 2 :].sum() / spectrum.sum()
+        print(
+            f"{target:6} {effective_rank(spectrum):10.1f} {participation_ratio(spectrum):15.1f} "
+            f"{directions_for(0.9, spectrum):24} {half:22.1%}"
+        )
+    print(
+        "(effective rank: exp of the entropy; the paper uses the name for the participation ratio)"
+    )
+
+    print("\n   t     R_x   R_eps     R_v   linear probe: x       v   gain, smallest: x       v")
+    fit, held_out = some.chunk(2)
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):
-        risk, probe, gain = gaussian_risk(lam, t), linear_probe(fit, held_out, t), gaussian_gain(lam[-1].item(), t)
-        print(f"{t:4.1f} {risk['x']:7.4f} {risk['eps']:7.4f} {risk['v']:7.4f} {probe['x']:16.4f} {probe['v']:7.4f} "
-              f"{gain[0]:32.4f} {gain[1]:7.3f}")
-    risks = {f"R_{k}": [(i / 100, gaussian_risk(lam, i / 100)[k]) for i in range(1, 100)] for k in spectra}
-    spectra = {f"y_{k}": [*enumerate(s.tolist(), 1)] for k, s in spectra.items()}
-    save_grid(out, torch.stack([chart("Eigenvalues of the targets' covariance, by rank", spectra),
-                                chart("Least error per dimension, over t (0: noise)", risks)]), 2)
+        risk = gaussian_risk(lam, t)
+        probe = linear_probe(fit, held_out, t)
+        gain_x, gain_v = gaussian_gain(lam[-1].item(), t)
+        print(
+            f"{t:4.1f} {risk['x']:7.4f} {risk['eps']:7.4f} {risk['v']:7.4f} "
+            f"{probe['x']:17.4f} {probe['v']:7.4f} {gain_x:19.4f} {gain_v:7.3f}"
+        )
+    print("(R: least error by dimension, (5)-(6); gain: E[target|z] / z in the smallest direction)")
+
+    ranked = {f"y_{k}": list(enumerate(s.tolist(), 1)) for k, s in spectra.items()}
+    times = [i / 100 for i in range(1, 100)]
+    risks = {f"R_{k}": [(t, gaussian_risk(lam, t)[k]) for t in times] for k in spectra}
+    left = chart("Eigenvalues of each target's covariance", "rank", ranked)
+    right = chart("Least error by dimension", "t (0 is noise, 1 is data)", risks)
+    encode.save_png(out, torch.cat([left, right], 2))
     print(f"\nwrote {out}")
 
-# ================================================================ the demo
-DEMO = {"hidden_size": 64, "depth": 3, "batch": 64, "steps": 1500, "lr": 3e-3, "cooldown": 1.0, "warmup_epochs": 0.3, "ema": 0.99,
-        "sample_steps": 25, "cfg": 1.5, "interval": (0.0, 1.0), "sample_every": 0, "log_every": 250, "data": "runs/digits"}
-DEMO_IMAGES = 2000                                    # samples of each target, and digits to compare them with
+
+# =============================================================== the demo
+DEMO = {
+    "hidden_size": 64,  # below the token's 128
+    "depth": 3,
+    "batch": 64,
+    "steps": 1500,
+    "lr": 3e-3,
+    "cooldown": 1.0,
+    "warmup_epochs": 0.3,
+    "ema": 0.99,
+    "sample_steps": 25,
+    "cfg": 1.5,
+    "interval": (0.0, 1.0),
+    "sample_every": 0,
+    "log_every": 250,
+    "workers": 0,
+    "data": "runs/digits",
+}
+DEMO_IMAGES = 2000  # samples of each target, and digits to compare them with
+
+
+def digit_judge(images, labels, steps=250):
+    """The demo's Inception: a classifier trained in seconds on digits uint8 (N, 3, 32, 32).
+    -> images (B, 3, 32, 32) in [-1, 1] -> logits (B, 10)."""
+
+    def conv(c_in, c_out):
+        layer = nn.Conv2d(c_in, c_out, 3, stride=2, bias=False)
+        return [layer, nn.BatchNorm2d(c_out, eps=1e-3), nn.ReLU()]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            *conv(3, 16),
+            *conv(16, 32),
+            *conv(32, 64),
+            nn.Flatten(),
+            nn.Linear(64 * 9, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
+        order = torch.randint(len(images), (steps, 128))
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    for batch in order:
+        logits = net(encode.to_float(images[batch]))
+        F.cross_entropy(logits, labels[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net.eval().requires_grad_(False)
+
+
+class DigitScore:
+    """Compares digits with held-out real ones: Frechet distances of pixels, averaged over 4x4, and
+    of the judge's last features; what the judge reads; and the energy in low directions."""
+
+    def __init__(self, codec, n):
+        self.codec = codec
+        self.judge = digit_judge(*encode.draw_digits(2 * n, seed=2))
+        # Two halves: one to compare with, one to be compared, which gives the floor.
+        images, labels = encode.draw_digits(2 * n, seed=3)
+        self.labels = labels[:n]
+        self.real = images[n:]
+        self.reference = self.statistics(images[:n])
+        self.real_energy = self.low_energy(codec.encode(encode.to_float(self.real)))
+
+    def statistics(self, images):
+        """-> mean and covariance in both spaces."""
+        x = encode.to_float(images)
+        pixels = F.avg_pool2d(x, 4).flatten(1).double()  # (N, 192)
+        features = self.judge[:-1](x).double()  # (N, 64)
+        return [(space.mean(0), space.T.cov()) for space in (pixels, features)]
+
+    def low_energy(self, latents):
+        """Variance in the 64 of 128 directions where the digits have least."""
+        return tokens(latents, 1)[:, 64:].var(0).sum()
+
+    def row(self, name, images, latents, loss=""):
+        """A line of the table."""
+        from fid import frechet_distance
+
+        distances = [
+            frechet_distance(*ours, *theirs)
+            for ours, theirs in zip(self.statistics(images), self.reference, strict=True)
+        ]
+        energy = self.low_energy(latents) / self.real_energy
+        read = self.judge(encode.to_float(images)).argmax(1)
+        right = (read == self.labels).float().mean()
+        return (
+            f"{name:12} {loss:>6} {distances[0]:15.2f} {distances[1]:17.1f} "
+            f"{energy:17.2f} {right:13.1%}"
+        )
+
 
 def demo(given):
-    """--demo: the same network, loss, loop and sampler on drawn digits, for x and for v from the same weights, data
-    order and noise. Prints the table and writes the picture: rows of real digits, of x's and of v's."""
-    started, targets = time.time(), [given["target"]] if "target" in given else ["x", "v"]
-    changed = "".join(f"-{k}-{v}" for k, v in sorted(given.items()) if k not in FREE - {"steps"} | {"target"})
-    out = Path(given.pop("out", "runs/demo" + changed))
-    cfg = Config(**DEMO | given)
-    device, n = pick_device(cfg.device), DEMO_IMAGES
-    cache_digits(Path(cfg.data))
-    codec, judge = load_vae(f"{cfg.data}/codec.safetensors"), digit_judge(*draw_digits(2 * n, seed=2))
-    real, labels = draw_digits(2 * n, seed=3)         # two held-out halves: to compare with, and to be compared
-    accuracy = lambda images: (judge(images / 127.5 - 1).argmax(1) == labels[:len(images)]).float().mean()
-    low = lambda z: tokens(z, 1)[:, 64:].var(0).sum() # energy where the digits have least
-    def spaces(images):                               # mean and covariance of pooled pixels, and of what the judge looks at
-        x = images / 127.5 - 1
-        return [(f.mean(0), f.T.cov()) for f in (F.avg_pool2d(x, 4).flatten(1).double(), judge[:-1](x).double())]
-    def row(name, images, latents, loss=""):
-        pooled, learned = (frechet_distance(*a, *b) for a, b in zip(spaces(images), reference))
-        return f"{name:12} {loss:>6} {pooled:15.2f} {learned:17.1f} {low(latents) / low(z_real):17.2f} {accuracy(images):13.1%}"
-    reference, z_real = spaces(real[:n]), encode(codec, real[n:] / 127.5 - 1)
-    table, shown = [row("real", real[n:], z_real), row("real, coded", pictures(codec, z_real), z_real)], [real[:20]]
+    """--demo: the same network, loss, loop and sampler on drawn digits, for x and for v, from the
+    same weights, data order and noise. Prints a table and draws a picture."""
+    started = time.perf_counter()
+    targets = [given["target"]] if "target" in given else ["x", "v"]
+    # Other settings, another folder; how long or where it runs is not one, but for the steps.
+    named = sorted(set(given) - (FREE - {"steps"}) - {"target"})
+    changed = "".join(f"-{name}-{given[name]}" for name in named)
+    out = Path(given.get("out", f"runs/demo{changed}"))
+    config = configure(**DEMO | given)
+    device = encode.pick_device(config.device)
+    n = DEMO_IMAGES
+
+    print("drawing digits ...", flush=True)
+    encode.cache_digits(config.data)
+    codec = encode.load_vae(f"{config.data}/codec.safetensors")
+    print("training the judge, a small classifier of digits ...", flush=True)
+    score = DigitScore(codec, n)
+    real_latents = codec.encode(encode.to_float(score.real))
+    coded = pictures(codec, real_latents)
+    table = [
+        score.row("real", score.real, real_latents),
+        score.row("real, coded", coded, real_latents),
+    ]
+    rows = {"real": score.real[:20]}
     for target in targets:
-        folder = train(replace(cfg, target=target, out=str(out / target)))
-        loss = json.loads(['{"loss": NaN}', *(folder / "log.jsonl").read_text().splitlines()][-1])["loss"]      # NaN if it is gone
-        net, _ = load_network(folder)
-        z = generate(net.to(device), labels[:n], 0, replace(cfg, target=target), device).cpu()
-        shown.append((images := pictures(codec, z))[:20])
-        table.append(row(f"{target}-pred.", images, z, f"{loss:.3f}"))
-    save_grid(out / "demo.png", F.interpolate(torch.cat(shown).float(), scale_factor=3).to(torch.uint8), 10)
-    print("\n               loss   pooled pixels   digit features   low directions   read right", *table, sep="\n")
-    print("\nFrechet distances to held-out digits in two feature spaces: lower is better, 'real' is the floor. low directions:\n"
-          f"energy in the 64 of 128 directions where data has least; its own is 1. {out / 'demo.png'}: two rows each of real digits, "
-          f"{', '.join(targets)}. [{time.time() - started:.0f} s]")
+        folder = train(replace(config, target=target, out=str(out / target)))
+        last = (folder / "log.jsonl").read_text().splitlines()[-1]
+        net = load_network(folder).net.to(device)
+        print(f"sampling and scoring {n:,} digits ...", flush=True)
+        settings = replace(config, target=target)
+        latents = generate(net, score.labels, range(n), settings, device).cpu()
+        images = pictures(codec, latents)
+        rows[f"predicts {target}"] = images[:20]
+        loss = f"{json.loads(last)['loss']:.3f}"
+        table.append(score.row(f"predicts {target}", images, latents, loss))
+    encode.save_png(out / "demo.png", labelled_rows(rows))
 
-# ================================================================ benchmark
-def bench(cfg):
-    """--bench: how fast this machine trains, loads, samples and decodes, by the functions that do it, on random latents."""
-    device, paper, cores = pick_device(cfg.device), cfg, torch.get_num_threads()
-    cuda = device.type == "cuda" and torch.cuda.get_device_properties(device)
-    name = cuda.name if cuda else f"{cores} CPU threads"
-    cfg = replace(cfg, micro_batch=cfg.micro_batch or (0 if cuda else 4), steps=20, log_every=5, sample_every=0, lr=1e-3,
-                  warmup_epochs=0.0, ema=0.0)         # no weight stays zero: zeros multiply faster
-    b = (cfg := resolve(cfg if cuda else replace(cfg, batch=cfg.micro_batch))).micro_batch
-    median = lambda work: Timer("work()", globals={"work": work}, num_threads=cores).blocked_autorange(min_run_time=1).median
-    with tempfile.TemporaryDirectory() as tmp:
-        z, y, rate = torch.randn(2048, 128, 16, 16), torch.arange(b) % 1000, {}
-        save_shard(Path(tmp, "latents_00000.safetensors"), z, z, torch.arange(2048) % 1000, classes=1000)
-        for mode in ["off"] + ["on"] * (compiled(print, cfg, device) is not print):     # where nothing is compiled, f is f
-            folder = train(replace(cfg, data=tmp, out=f"{tmp}/{mode}", compile=mode))
-            rows = [json.loads(line) for line in open(folder / "log.jsonl")][1:]           # the first waited for the compiler
-            rate[mode] = best = np.median([row["images_per_s"] for row in rows])
-        loader = batches(LatentDataset(tmp), cfg, ((s, 0) for s in range(10**9)), device)
-        loading = 8 * b / median(lambda: [next(loader) for _ in range(8)])
-        sampler = compiled(load_network(folder)[0].to(device), cfg, device)
-    guided, plain = (b / median(lambda: generate(sampler, y, 0, replace(cfg, cfg=w), device)) for w in (cfg.cfg, 1.0))
-    net, ema, opt = build(cfg, (128, 16, 16), 1000, device)
-    flops, peak, gib, opt.zero_grad = 3 * best * forward_flops(net), PEAK.get(name, 0), rows[-1]["gib"], lambda: None
-    for p in net.parameters():
-        p.grad = torch.randn_like(p)                  # stays, without zero_grad
-    fixed = 20 * (params := sum(p.numel() for p in net.parameters()))    # bytes: weight, gradient, EMA and AdamW's two
-    with autocast(cfg, device):
-        a = torch.randn(2, *2 * [8192 if cuda else 1024], device=device)
-        a = a @ a                                     # in the precision of training
-        wall = 2 * a.shape[1] ** 3 / median(lambda: a[0] @ a[1])
-    report = {
-        "model": f"{params:,} parameters, micro-batch {b} of {cfg.batch}; {name}, torch {torch.__version__}",
-        "training": f"{best:,.1f} images/s, {1000 * cfg.batch / best:,.0f} ms a step, {best / rate['off']:.2f} x eager",
-        "memory": f"peak {gib:.1f} GiB; passes of {b * (cuda.total_memory - fixed) / (gib * 2**30 - fixed):,.0f} fit" if cuda else "-",
-        "arithmetic": f"{flops / 1e12:.2f} TFLOP/s: {flops / wall:.0%} of large products here, MFU "
-                      + (f"{flops / peak:.1%} of {peak / 1e12:.0f}" if peak else "0 (rate of this device unknown)"),
-        "update": f"{1000 * median(lambda: update(net, ema, opt, cfg.ema)):.1f} ms a step for clipping, AdamW and EMA",
-        "loading": f"{loading:,.0f} latents/s from a cache to the device, {loading / best:.1f} x what training takes",
-        "sampling": f"{guided:.2f} images/s guided, {plain:.2f} not, {cfg.sample_steps} Heun steps"}
-    if paper.vae:
-        vae, x = load_vae(paper.vae, device), torch.rand(32 if cuda else 2, 3, 256, 256)
-        decoding = len(x) / median(lambda: pictures(vae, z[:len(x)]))
-        report["VAE"] = f"{len(x) / median(lambda: encode(vae, x)):.1f} images/s encoded, {decoding:.1f} decoded, at 256 x 256"
-    report["in all"] = (f"{paper.steps:,} steps of {paper.batch:,} images take "
-                        f"{paper.steps * paper.batch / best / 3600:,.1f} hours here, 50,000 guided samples {50_000 / guided / 60:,.1f} minutes")
-    print("", *(f"{what:12}{text}" for what, text in report.items()), sep="\n")
+    print("\n               loss   pooled pixels   digit features   low directions   read right")
+    print(*table, sep="\n")
+    print(f"""
+pooled pixels, digit features: how far the samples are from held-out digits, as Frechet distances
+  (FID in miniature) of pixels averaged over 4x4 and of the judge's last layer; lower is better,
+  and "real" is the floor.
+low directions: energy in those 64 of 128 directions where the digits have least; theirs is 1.
+read right: share that the judge reads as the digit that was asked for.
 
-# ================================================================ command line
-def main():
-    parser = ArgumentParser(description=__doc__, **PARSER)
-    mode, add = parser.add_mutually_exclusive_group().add_argument, parser.add_argument
-    mode("--demo", action="store_true", help="x against v on drawn digits, in two minutes, without data or GPU")
-    mode("--geometry", nargs="?", const="", metavar="LATENTS", help="what the targets look like on a cache (or the digits)")
-    mode("--bench", action="store_true", help="how fast this machine trains and samples (on a CPU give a small model)")
-    mode("--sample", metavar="CKPT", help="sample from a run folder, its ckpt.pt, or the paper's checkpoint-last.pth")
-    add("--classes", type=int, nargs="+", metavar="Y", help="with --sample: a PNG grid, one picture per class given")
-    add("--n", type=int, help="with --sample: this many pictures of all classes, as an npz")
+{out / "demo.png"}: two rows each of {", ".join(rows)}. [{time.perf_counter() - started:.0f} s]""")
+
+
+def labelled_rows(rows):
+    """{name: 20 images uint8 (20, 3, 32, 32)} -> one image (3, H, W): names at the left, two rows
+    of ten each, three times as large."""
+    lines = []
+    for name, images in rows.items():
+        grid = encode.image_grid(images, columns=10)
+        grid = grid.repeat_interleave(3, 1).repeat_interleave(3, 2)  # (3, 192, 960)
+        label = Image.new("RGB", (170, 192), "white")
+        font = ImageFont.load_default(26)
+        ImageDraw.Draw(label).text((160, 96), name, "black", font, anchor="rm")
+        left = torch.from_numpy(np.array(label)).permute(2, 0, 1)
+        lines.append(torch.cat([left, grid], 2))
+    return torch.cat(lines, 1)
+
+
+# =============================================================== benchmark
+def bench(given):
+    """--bench: how fast this machine trains, samples and decodes, through the program's own
+    functions, on random latents; and what that means for the run that the flags describe."""
+    config = configure(**given)
+    device = encode.pick_device(config.device)
+    small = config
+    if device.type == "cpu":
+        # A CPU would be at a step of 1,024 images for hours.
+        size = given.get("micro_batch", 4)
+        small = replace(config, batch=size, micro_batch=size)
+    with tempfile.TemporaryDirectory() as folder:
+        latents = torch.randn(1024, 128, 16, 16)
+        shard = Path(folder) / "latents_00000.safetensors"
+        encode.save_shard(shard, latents, latents, torch.arange(1024) % 1000, classes=1000)
+        # The rate is high so that no weight stays zero: zeros multiply faster.
+        quick = {"steps": 20, "log_every": 5, "sample_every": 0, "lr": 1e-3, "warmup_epochs": 0.0}
+        run = train(replace(small, data=folder, out=f"{folder}/run", **quick))
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        net = load_network(run).net.to(device)
+    # The first line waited for the compiler.
+    rate = float(np.median([row["images_per_s"] for row in rows[1:]]))
+    share = "its share of the device's peak is unknown"
+    if "mfu" in rows[-1]:
+        share = f"{np.median([row['mfu'] for row in rows[1:]]):.1%} of the device's peak"
+    memory = f", {rows[-1]['gib']:.1f} GiB at most" if "gib" in rows[-1] else ""
+    print(f"\ntraining: {rate:,.1f} images/s at {small.micro_batch} a pass, {share}{memory}")
+
+    if compiles(small, device):
+        net.compile(dynamic=False)
+    size = small.micro_batch
+    labels = torch.arange(size) % 1000
+    generated = seconds_for(lambda: generate(net, labels, range(size), small, device).cpu())
+    per_image = generated / size
+    print(f"sampling: {1 / per_image:,.2f} guided images/s, {config.sample_steps} Heun steps")
+    counted = "without decoding, for which give --vae"
+    if config.vae:
+        vae = encode.load_vae(config.vae, device, compiles(small, device) and device.type == "cuda")
+        some = latents[: min(size, 32)]
+        images = pictures(vae, some)
+        encoding = seconds_for(lambda: encode.encode(vae, encode.to_float(images)).cpu())
+        decoding = seconds_for(lambda: pictures(vae, some))
+        print(
+            f"VAE: {len(some) / encoding:,.1f} images/s encode, {len(some) / decoding:,.1f} decode"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "0.png"
+            writing = seconds_for(lambda: encode.save_png(path, images[0])) / os.cpu_count()
+        per_image += decoding / len(some) + writing
+        counted = "decoded and written"
+    hours = config.steps * config.batch / rate / 3600
+    print(
+        f"in all: {config.steps:,} steps of {config.batch:,} images take {hours:,.1f} hours here; "
+        f"50,000 guided samples take {50_000 * per_image / 60:,.1f} minutes, {counted}"
+    )
+
+
+def seconds_for(work):
+    """The second of two calls: the first one compiles."""
+    work()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+# =============================================================== command line
+METAVARS = {
+    "logit_t": ("MEAN", "STD"),
+    "interval": ("LOW", "HIGH"),
+    "data": "FOLDER",
+    "out": "PATH",
+    "vae": "NAME",
+    "device": "NAME",
+}
+
+
+def make_flags():
+    """-> ArgumentParser: what to do, then a flag for every field of Config."""
+    parser = encode.make_parser(__doc__)
+    group = parser.add_argument_group("what to do, if not to train")
+    mode = group.add_mutually_exclusive_group().add_argument
+    mode("--demo", action="store_true", help="x against v on drawn digits")
+    mode("--sample", metavar="NAME", help="from a run folder, a checkpoint, or a hub repository")
+    mode("--geometry", nargs="?", const="", metavar="LATENTS", help="spectra of a cache")
+    mode("--bench", action="store_true", help="how fast this machine is")
+    group.add_argument("--classes", nargs="+", metavar="CLASS", help="--sample: numbers or names")
+    group.add_argument("--n", type=int, metavar="N", help="--sample: so many, of all classes")
+    group.add_argument("--labels", action="store_true", help="--sample: write the classes' names")
     for f in fields(Config):
-        kind = {"type": float, "nargs": 2} if f.type is tuple else {"type": f.type, "choices": f.metadata["choices"]}
-        add("--" + f.name.replace("_", "-"), default=SUPPRESS, metavar=f.name[0].upper(), **kind,
-            help=f"{f.metadata['help']} ({f.default})" if f.default else f.metadata["help"])
-    given = {k: tuple(v) if k in ("interval", "logit_t") else v for k, v in vars(parser.parse_args()).items()}
-    show, folder, speed, checkpoint, classes, n = (given.pop(k) for k in ("demo", "geometry", "bench", "sample", "classes", "n"))
-    need(checkpoint is not None or classes is n is None, "--classes and --n go with --sample CKPT")
-    useless = given.keys() & {"data", "vae"} if show else given.keys() - {"model", "patch_size", "out"} if folder is not None else ()
-    need(not useless, f"--{min(useless, default='').replace('_', '-')}: has no use with --demo or --geometry")
-    need(WORLD == 1 or not (show or speed or folder is not None), "--demo, --geometry and --bench are for one process")
-    if checkpoint is not None:
-        sample_command(checkpoint, classes, n, given)
-    elif show:
-        demo(given)
-    elif folder is not None:
-        geometry(folder, Config(**given))
-    else:
-        (bench if speed else train)(Config(**given))
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
+        help = f.metadata["help"]
+        if f.default not in (0, ""):
+            default = " ".join(map(str, f.default)) if f.type is tuple else f.default
+            help = f"{help} ({default})"
+        group.add_argument(
+            flag(f.name),
+            type=float if f.type is tuple else f.type,
+            nargs=2 if f.type is tuple else None,
+            choices=f.metadata["choices"],
+            metavar=METAVARS.get(f.name, None if f.metadata["choices"] else "N"),
+            default=SUPPRESS,
+            help=help,
+        )
+    return parser
+
+
+def refuse(flags, mode):
+    """Raises Stop if any flags are left that a mode would ignore."""
+    for name in sorted(flags):
+        raise Stop(f"{flag(name)}: has no use with {mode}")
+
+
+def main():
+    given = vars(make_flags().parse_args())
+    for name in ("logit_t", "interval"):
+        if name in given:
+            given[name] = tuple(given[name])
+    modes = {name: given.pop(name) for name in ("demo", "sample", "geometry", "bench")}
+    samples = {name: given.pop(name) for name in ("classes", "n", "labels")}
+    _, world = processes()
+    if modes["sample"] is not None:
+        return sample_command(modes["sample"], **samples, given=given)
+    require(not any(samples.values()), "--classes, --n and --labels go with --sample")
+    alone = modes["demo"] or modes["bench"] or modes["geometry"] is not None
+    require(world == 1 or not alone, "--demo, --geometry and --bench are for one process")
+    if modes["demo"]:
+        refuse(given.keys() & {"data", "vae"}, "--demo")
+        return demo(given)
+    if modes["bench"]:
+        refuse(given.keys() & {"data", "out"}, "--bench")
+        return bench(given)
+    if modes["geometry"] is not None:
+        refuse(given.keys() - {"model", "patch_size", "out"}, "--geometry")
+        folder = modes["geometry"]
+        if not folder:
+            folder = DEMO["data"]
+            encode.cache_digits(folder)
+        return geometry(folder, configure(**{"out": "geometry.png"} | given))
+    return train(configure(**given))
+
 
 if __name__ == "__main__":
-    run(main)
+    encode.run(main)

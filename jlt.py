@@ -1132,6 +1132,14 @@ def write_ema(path, state):
         temporary.write_bytes(encode.save(state["ema"], {"jlt": json.dumps(about)}))
 
 
+def export(folder):
+    """--export: ema.safetensors of a run as far as it is; training writes it at the end."""
+    checkpoint = folder / "ckpt.pt"
+    require(checkpoint.exists(), f"{checkpoint}: no such file; --export takes a run folder")
+    write_ema(folder / "ema.safetensors", load_file(checkpoint))
+    print(f"wrote {folder / 'ema.safetensors'}")
+
+
 def read_ema(path):
     """-> the state that write_ema was given, without what does not sample."""
     with encode.reading(path, "no averaged weights of this program"):
@@ -1827,6 +1835,7 @@ def make_flags():
     mode = group.add_mutually_exclusive_group().add_argument
     mode("--demo", action="store_true", help="x against v on drawn digits")
     mode("--sample", metavar="NAME", help="from a run folder, a checkpoint, or a hub repository")
+    mode("--export", metavar="RUN", help="write the averaged weights so far as ema.safetensors")
     mode("--geometry", nargs="?", const="", metavar="LATENTS", help="spectra of a cache")
     mode("--bench", action="store_true", help="how fast this machine is")
     group.add_argument("--classes", nargs="+", metavar="CLASS", help="--sample: numbers or names")
@@ -1862,12 +1871,15 @@ def main():
     for name in ("logit_t", "interval"):
         if name in given:
             given[name] = tuple(given[name])
-    modes = {name: given.pop(name) for name in ("demo", "sample", "geometry", "bench")}
+    modes = {name: given.pop(name) for name in ("demo", "sample", "export", "geometry", "bench")}
     samples = {name: given.pop(name) for name in ("classes", "n", "labels")}
     _, world = processes()
     if modes["sample"] is not None:
         return sample_command(modes["sample"], **samples, given=given)
     require(not any(samples.values()), "--classes, --n and --labels go with --sample")
+    if modes["export"] is not None:
+        refuse(given, "--export")
+        return export(Path(modes["export"]))
     alone = modes["demo"] or modes["bench"] or modes["geometry"] is not None
     require(world == 1 or not alone, "--demo, --geometry and --bench are for one process")
     if modes["demo"]:

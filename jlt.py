@@ -180,9 +180,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        h = x.float()
-        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * h * scale).to(x.dtype)
+        h = F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
+        return h.to(x.dtype)
 
 
 def modulate(h, shift, scale):
@@ -205,7 +204,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, z):
         x = self.proj2(self.proj1(z)) if self.bottleneck else self.proj(z)  # (B, D, H/p, W/p)
-        return x.flatten(2).transpose(1, 2)
+        # Contiguous once: transposed, it would make every norm of every block a strided pass.
+        return x.flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
@@ -249,10 +249,14 @@ def rope_tables(grid, head_dim):
     return angles.cos(), angles.sin()
 
 
-def rotate(x, cos, sin):
-    """Turns each pair of neighbouring channels of x (B, heads, N, head_dim) by its angle."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, N, head_dim/2) each
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+def rotate(x, cos, sin, dtype):
+    """Turns each pair of neighbouring channels of x (B, N, heads, head_dim) by its angle."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, heads, head_dim/2) each
+    cos = cos[:, None]  # (N, 1, head_dim/2)
+    sin = sin[:, None]
+    # Cast before they are put together, so that only half as much is written.
+    turned = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+    return torch.stack(turned, -1).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -265,11 +269,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads)
 
     def forward(self, x, cos, sin):
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim) each
-        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
-        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, head_dim)
+        # Heads stay inside, as qkv lays them out, until attention is called: no copies.
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        # (B, N, heads, head_dim) each; q and k are float32 until they are turned.
+        q = rotate(self.q_norm(q.float()), cos, sin, v.dtype).transpose(1, 2)
+        k = rotate(self.k_norm(k.float()), cos, sin, v.dtype).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))  # (B, heads, N, head_dim)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 

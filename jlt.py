@@ -21,18 +21,17 @@ equal, x reaches FID 2.56 and v 6.56.
     python jlt.py --geometry latents/                  # what the targets look like on these latents
     python jlt.py --bench                              # how long the paper's run takes here
 
-The file in its order: the method (loss, guidance, sampler), the network, the configuration, data
-order and noise, training, sampling from checkpoints, why x (the Gaussian analysis), the demo, the
-benchmark, the command line.
+In this order: the method (loss, guidance, sampler), the network, configuration, data order and
+noise, training, sampling from checkpoints, why x (the Gaussian analysis), demo, command line.
 """
 
 import contextlib
 import copy
 import difflib
+import hashlib
 import json
 import math
 import os
-import re
 import signal
 import tempfile
 import time
@@ -44,6 +43,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -116,15 +116,7 @@ def flow_loss(net, x, y, t, eps, target="x", t_eps=0.05, loss="v"):
 
 @torch.no_grad()
 def sample(
-    net,
-    y,
-    noise,
-    target="x",
-    steps=50,
-    cfg=2.9,
-    interval=(0.1, 1.0),
-    method="heun",
-    t_eps=0.05,
+    net, y, noise, target="x", steps=50, cfg=2.9, interval=(0.1, 1.0), method="heun", t_eps=0.05
 ):
     """Follows dz/dt = v from noise (B, C, H, W) at t = 0 to latents at t = 1, for classes y (B,).
     `cfg` is the guidance weight, on where low < t < high of `interval`; low = 0 includes t = 0."""
@@ -139,8 +131,9 @@ def sample(
 
     def guided_velocity(z, t):
         v = network_velocity(z, t, y)
-        # Very early all samples would be pulled the same way, so guidance starts a little later.
-        # Where it is off, the pass without a class is not computed.
+        # Amid strong noise guidance costs variety and gains nothing (Kynkaanniemi et al. 2024,
+        # arXiv 2404.07724), so it starts a little later. Where it is off, the pass without a
+        # class is not computed.
         if cfg == 1 or t >= high or (t <= low and low > 0):
             return v
         v_without = network_velocity(z, t, no_class)
@@ -157,7 +150,7 @@ def sample(
         z_next = z + (t_next - t) * v
 
         # Second-order correction (Heun): average it with the velocity there. Not in the last
-        # step, whose end t = 1 the network has hardly seen, and where the readout divides by 0.
+        # step: at its end, t = 1, x^ says nothing about the velocity any more (1 - t is 0).
         if method == "heun" and i < steps - 1:
             v_next = guided_velocity(z_next, t_next)
             z_next = z + (t_next - t) * (v + v_next) / 2
@@ -171,8 +164,8 @@ def sample(
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 whatever comes in. Written out, since what autocast
-    makes of F.rms_norm changed between torch 2.11 and 2.12."""
+    """x / rms(x) * weight, computed in float32 and returned as precise as x. (Cast by hand: what
+    autocast makes of F.rms_norm changed between torch 2.11 and 2.12.)"""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
@@ -185,7 +178,7 @@ class RMSNorm(nn.Module):
 
 
 def modulate(h, shift, scale):
-    """h (B, N, D), shift and scale (B, D)."""
+    """How time and class act on the tokens: h (B, N, D), shift and scale (B, D)."""
     return h * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -260,6 +253,9 @@ def rotate(x, cos, sin, dtype):
 
 
 class Attention(nn.Module):
+    """Every token looks at every other. Queries and keys are normalised, which keeps training
+    stable, and turned by their token's place in the image (RoPE)."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -279,6 +275,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """The MLP of each block: one half of the hidden channels gates the other."""
+
     def __init__(self, dim):
         super().__init__()
         # Three matrices of this width cost what two of 4 * dim would.
@@ -314,6 +312,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Tokens (B, N, D) -> (B, N, p*p*C)."""
+
     def __init__(self, dim, out_dim):
         super().__init__()
         self.norm_final = RMSNorm(dim)
@@ -390,7 +390,8 @@ class JLT(nn.Module):
 
 
 # =============================================================== configuration
-# A name sets what is listed here; flags of their own go before it. H has heads of 80 channels.
+# What a name sets, beside the paper's values in Config; a flag of its own goes before it. H has
+# heads of 80 channels, the others of 64.
 MODELS = {
     "B/1": {},
     "B/2": {"patch_size": 2},
@@ -422,14 +423,15 @@ class Config:
     """The paper's run of JLT-B/1 (section 4.1). Every field is a flag: sample_steps is
     --sample-steps. Made by configure(), which fills in what is left open by a 0 or ""."""
 
-    # What is learned
+    # What is learned. The law of t is the same for every target: most steps at t < 1/2, where it
+    # is still open what the picture will be. The floor keeps single steps from ruling the loss.
     target: str = setting("x", "x: the clean latent, eps: the noise, v: the velocity", TARGETS)
     loss: str = setting("v", "squared error of v, or of x (that times (1 - t)^2)", LOSSES)
     t_eps: float = setting(0.05, "floor of the divisors 1 - t and t, also in sampling")
     logit_t: tuple = setting((-0.8, 0.8), "t = sigmoid(n), n normal of this mean and deviation")
     label_drop: float = setting(0.1, "share of labels left out in training, for guidance")
 
-    # Model
+    # The model. B, L and H have 130, 458 and 951 million parameters.
     model: str = setting("B/1", "size/patch size; nano is for laptops", tuple(MODELS))
     depth: int = setting(12, "blocks")
     hidden_size: int = setting(768, "width of a token, in channels")
@@ -437,7 +439,8 @@ class Config:
     patch_size: int = setting(1, "side of a token, in latent positions")
     bottleneck: int = setting(0, "channels between latent and token; 0: none, as released")
 
-    # Optimisation
+    # Optimisation. The batch is the setting; the micro-batch only says how it is accumulated, by
+    # what the memory holds. The average of the weights needs about 1 / (1 - ema) steps to form.
     steps: int = setting(250_000, "200 epochs of ImageNet")
     batch: int = setting(1024, "images in a step, on however many GPUs")
     micro_batch: int = setting(0, "images at a time; 0: largest divisor of batch up to 256")
@@ -447,7 +450,7 @@ class Config:
     ema: float = setting(0.9999, "decay of the averaged weights; 0.99 for 1,000 steps")
     seed: int = setting(0, "of weights, data order and noise")
 
-    # Sampling
+    # Sampling. 50 Heun steps are 99 network calls, and 88 more where guidance is on.
     sample_steps: int = setting(50, "Heun steps")
     cfg: float = setting(2.9, "guidance weight; 1: none, at half the cost")
     interval: tuple = setting((0.1, 1.0), "guidance is on where low < t < high")
@@ -549,6 +552,7 @@ def autocast(config, device):
 
 
 def compiles(config, device):
+    """Whether torch.compile is used."""
     return config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
 
 
@@ -601,7 +605,8 @@ class MicroBatches(Sampler):
 
 
 class PickedLatents(Dataset):
-    """Latents (C, H, W), as precise as the file, and labels, by (index, flip)."""
+    """Latents (C, H, W), as precise as the file, and labels, for the (index, flip) pairs of
+    MicroBatches."""
 
     def __init__(self, data):
         self.data = data
@@ -617,7 +622,8 @@ def ignore_interrupts(worker):
 
 
 def micro_batches(data, config, device, start=0):
-    """-> iterator over x (B, C, H, W) and y (B,) of this process's micro-batches, read ahead."""
+    """-> iterator over x (B, C, H, W) and y (B,) of this process's micro-batches, which other
+    processes read ahead."""
     rank, world = processes()
     loader = DataLoader(
         PickedLatents(data),
@@ -641,15 +647,19 @@ def draws(config, step, m, x, y, num_classes):
 
 
 # =============================================================== training
+# From the inside out: one step, what is saved, what is printed, and the loop last.
+
+
 @dataclass
 class Run:
     """A training run: what it is about, and what changes from step to step."""
 
     config: Config
     data: encode.LatentDataset
+    data_id: str  # tells caches apart, in words
     device: torch.device
     net: JLT
-    ema: JLT  # the average of the weights over the steps, which samples
+    ema: JLT  # the average of the weights over the steps; it samples
     optimizer: torch.optim.Optimizer
     step: int = 0  # finished steps
 
@@ -678,15 +688,32 @@ def build(config, data, device):
         num_classes=data.num_classes,
         bottleneck=config.bottleneck,
     ).to(device)
-    ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        net.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True
+    return Run(
+        config=config,
+        data=data,
+        data_id=describe(data),
+        device=device,
+        net=net,
+        ema=copy.deepcopy(net).requires_grad_(False),
+        # No weight decay; the second moment's memory is short, as in JiT. `fused`: one kernel.
+        optimizer=torch.optim.AdamW(
+            net.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True
+        ),
     )
-    return Run(config, data, device, net, ema, optimizer)
 
 
+def describe(data):
+    """A line that tells caches apart: other pictures, another encoder, other labels."""
+    content = data.labels.numpy().tobytes() + repr(data.origin).encode()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    shape = "x".join(map(str, data.shape))
+    return f"{len(data):,} latents {shape} of {data.num_classes} classes (digest {digest})"
+
+
+# ------------------------------------------------------------- one step
 def learning_rate(config, step, images):
-    """Of step 1, 2, ... on a data set of so many images: a linear warm-up, then constant."""
+    """Of step 1, 2, ... on a data set of so many images: a linear warm-up, then constant; with
+    `cooldown`, a linear fall to 0 at the end (the demo's; the paper has none)."""
     warmup = max(1, round(config.warmup_epochs * images / config.batch))
     left = config.steps + 1 - step
     return config.lr * min(1, step / warmup, left / max(1, config.cooldown * config.steps))
@@ -704,7 +731,7 @@ def accumulate_gradients(run, error_of, batches, log):
         # float16 on the way to the device, float32 there.
         x = x.to(run.device, non_blocking=True).float()
         y = y.to(run.device, non_blocking=True)
-        # Outside of what is compiled, which has another stream of random numbers.
+        # Outside of what is compiled, which has a stream of random numbers of its own.
         t, eps, y = draws(config, run.step, m, x, y, run.data.num_classes)
         with autocast(config, run.device):
             errors = error_of(run.net, x, y, t, eps, config.target, config.t_eps, config.loss)
@@ -715,13 +742,13 @@ def accumulate_gradients(run, error_of, batches, log):
 
 
 def sum_over_processes(tensor):
-    """In place."""
+    """In place; nothing to do for one process."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
 
 
 def sum_gradients(net):
-    """Over the processes, all of them in one sum."""
+    """Over the processes. All gradients in one vector: a single message is faster than hundreds."""
     if dist.is_initialized():
         gradients = [p.grad for p in net.parameters()]
         flat = nn.utils.parameters_to_vector(gradients)
@@ -730,146 +757,19 @@ def sum_gradients(net):
 
 
 def update(net, ema, optimizer, decay):
-    """Clips the gradient to norm 1, takes AdamW's step, averages the weights. -> gradient norm
+    """Clips the gradient to norm 1, takes AdamW's step, then averages the weights. -> the norm
     before clipping, a tensor that is not waited for."""
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     averages = [p.detach() for p in ema.parameters()]
     weights = [p.detach() for p in net.parameters()]
+    # average += (1 - decay) * (weight - average), for all of them at once.
     torch._foreach_lerp_(averages, weights, 1 - decay)
     return norm
 
 
-@contextlib.contextmanager
-def noted_signals():
-    """Yields a list that fills with SIGINT and SIGTERM instead of ending the program; a second
-    one of a kind ends it at once."""
-    noted = []
-
-    def note(number, frame):
-        noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(config):
-    """Trains on config.data, or continues the run in config.out. -> the run's folder."""
-    run = begin(config)
-    config = run.config
-    decoder = load_decoder(run)
-    log = Log(run)
-    saver = Saver(run)
-    error_of = flow_error
-    if compiles(config, run.device):
-        error_of = torch.compile(flow_error, dynamic=False)
-    batches = micro_batches(run.data, config, run.device, run.step)
-    stop = False
-    with noted_signals() as signals:
-        while run.step < config.steps and not stop:
-            # One step.
-            lr = learning_rate(config, run.step + 1, len(run.data))
-            run.optimizer.param_groups[0]["lr"] = lr
-            loss = accumulate_gradients(run, error_of, batches, log)
-            sum_gradients(run.net)
-            norm = update(run.net, run.ema, run.optimizer, config.ema)
-            run.step += 1
-            log.add(loss, norm)
-
-            # Once in a while: log, save, draw. Only here the host waits for the GPU.
-            stop, save = agree(bool(signals), saver.due())
-            save = save or stop or run.step == config.steps
-            draw = config.sample_every and run.step % config.sample_every == 0
-            if save or draw or log.due():
-                log.write(lr)
-                if save:
-                    saver.save()
-                if draw and decoder:
-                    draw_samples(run, decoder)
-                log.restart_clock()
-    saver.wait()
-    finish(run, stop)
-    return run.folder
-
-
-def agree(stop, save):
-    """-> whether any process was told to stop, and whether the first one wants to save."""
-    flags = torch.tensor([stop, save])
-    if dist.is_initialized():
-        # On the CPU, so that the GPU is not waited for.
-        flags = flags.int()
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags[0]), bool(flags[1])
-
-
-def begin(config):
-    """-> Run, new or continued: opens the data, joins the processes, reads the checkpoint."""
-    rank, world = processes()
-    device = encode.pick_device(config.device)
-    data = encode.LatentDataset(config.data)
-    count = config.batch // config.micro_batch
-    fit = f"give --micro-batch {max(1, config.batch // world)} or less"
-    require(world <= count, f"{world} processes for {count} micro-batches; {fit}")
-    if world > 1:
-        # gloo carries the flags of agree(), which live on the CPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if not config.vae:
-        config = replace(config, vae=data.settings.get("vae", encode.VAE))
-    run = build(config, data, device)
-    if run.checkpoint.exists():
-        resume(run)
-    if rank == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        settings = asdict(run.config) | {"data": describe(data), "torch": torch.__version__}
-        with replacing(run.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=1))
-        parameters = sum(p.numel() for p in run.net.parameters())
-        print(f"{run.folder}: {config.target}-prediction, {parameters:,} parameters")
-        print(f"data: {describe(data)}")
-        print(
-            f"batch: {count} x {config.micro_batch} images on {world} x {device}; "
-            f"learning rate {config.lr:g}, EMA {config.ema:g}, seed {config.seed}; "
-            f"all settings: {run.folder / 'run.json'}"
-        )
-        start = f"continuing at step {run.step:,}" if run.step else "from the start"
-        print(f"{start}, up to step {config.steps:,}", flush=True)
-    return run
-
-
-def describe(data):
-    """A line that tells caches apart: other pictures, another encoder, other labels."""
-    key = (data.origin, data.labels.tolist())
-    digest = encode.hashlib.sha256(repr(key).encode()).hexdigest()[:8]
-    shape = "x".join(map(str, data.shape))
-    return f"{len(data):,} latents {shape} of {data.num_classes} classes (digest {digest})"
-
-
-def resume(run):
-    """Reads run.checkpoint into the run. Raises Stop, naming what differs, if it was made with
-    other settings or data."""
-    state = load_file(run.checkpoint)
-    advice = "not a checkpoint of this program; give another --out"
-    with encode.reading(run.checkpoint, advice):
-        old = state["config"] | {"data": state["data"]}
-        new = asdict(run.config) | {"data": describe(run.data)}
-        # Where the rate falls to 0 depends on where the run ends.
-        free = FREE - {"steps"} if run.config.cooldown else FREE
-        other = [name for name in new if name not in free and old.get(name) != new[name]]
-        changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in other)
-        line = f"{run.checkpoint}: made with other settings: {changes}; give another --out"
-        require(not other, line)
-        run.net.load_state_dict(state["model"])
-        run.ema.load_state_dict(state["ema"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.step = state["step"]
-
-
+# ------------------------------------------------------------- what is saved
 def load_file(path):
     """torch.load that runs no code from the file: argparse.Namespace is the one class it may name.
     Raises Stop for a damaged file."""
@@ -884,8 +784,49 @@ def load_file(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def checkpoint_of(run):
+    """What a checkpoint holds, copied to the host. Data order and noise need nothing but the
+    step."""
+
+    def on_host(tensors):
+        return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    optimizer = run.optimizer.state_dict()
+    optimizer["state"] = {i: on_host(moments) for i, moments in optimizer["state"].items()}
+    return {
+        "config": asdict(run.config),
+        "data": run.data_id,
+        "classes": run.data.class_names,
+        "grid": run.net.input_size,
+        "step": run.step,
+        "model": on_host(run.net.state_dict()),
+        "ema": on_host(run.ema.state_dict()),
+        "optimizer": optimizer,
+    }
+
+
+def resume(run):
+    """Reads run.checkpoint into the run. Raises Stop, naming what differs, if it was made with
+    other settings or from other data."""
+    state = load_file(run.checkpoint)
+    advice = "not a checkpoint of this program; give another --out"
+    with encode.reading(run.checkpoint, advice):
+        old = state["config"] | {"data": state["data"]}
+        new = asdict(run.config) | {"data": run.data_id}
+        # With a cool-down, the rate depends on where the run ends.
+        free = FREE - {"steps"} if run.config.cooldown else FREE
+        other = [name for name in new if name not in free and old.get(name) != new[name]]
+        changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in other)
+        line = f"{run.checkpoint}: made with other settings: {changes}; give another --out"
+        require(not other, line)
+        run.net.load_state_dict(state["model"])
+        run.ema.load_state_dict(state["ema"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.step = state["step"]
+
+
 class Saver:
-    """Writes the run's checkpoint from a thread, while training goes on from a copy's original."""
+    """Writes checkpoints from a thread: training waits for the copy, not for the disk."""
 
     EVERY = 15 * 60  # seconds
 
@@ -906,8 +847,12 @@ class Saver:
         self.last = time.monotonic()
         rank, _ = processes()
         if rank == 0:
-            state = to_host(training_state(self.run))
-            self.writing = self.thread.submit(write_checkpoint, self.run.checkpoint, state)
+            state = checkpoint_of(self.run)
+            self.writing = self.thread.submit(self.write, state)
+
+    def write(self, state):
+        with replacing(self.run.checkpoint) as temporary:
+            torch.save(state, temporary)
 
     def wait(self):
         """Raises what went wrong in the thread."""
@@ -916,36 +861,7 @@ class Saver:
             self.writing = None
 
 
-def training_state(run):
-    """What a checkpoint holds. (Data order and noise need nothing but the step.)"""
-    return {
-        "config": asdict(run.config),
-        "data": describe(run.data),
-        "classes": run.data.class_names,
-        "grid": run.net.input_size,
-        "step": run.step,
-        "model": run.net.state_dict(),
-        "ema": run.ema.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-    }
-
-
-def to_host(state):
-    """A copy of nested dicts and lists with all tensors on the CPU."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: to_host(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [to_host(value) for value in state]
-    return state
-
-
-def write_checkpoint(path, state):
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
-
-
+# ------------------------------------------------------------- what is printed
 # Dense bfloat16 products a second, from the data sheets.
 PEAK = {
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -963,10 +879,10 @@ def forward_flops(net):
 
 
 class Log:
-    """Collects what steps made, on the device and without waiting for it; prints it now and then
-    and appends it to log.jsonl."""
+    """Collects what steps make, on the device and without waiting for it; now and then prints a
+    line and appends it to log.jsonl."""
 
-    BINS = 10  # of t, for the loss by t: there x and v differ
+    BINS = 10  # of t: the loss by t shows where x and v differ
 
     def __init__(self, run):
         self.run = run
@@ -978,15 +894,13 @@ class Log:
             torch.cuda.reset_peak_memory_stats(run.device)
         # A backward pass costs two forward ones.
         self.flops = 3 * forward_flops(run.net)
-        if self.rank == 0:
+        if self.rank == 0 and self.path.exists():
             self.drop_lines_after(run.step)
         self.clear()
         self.restart_clock()
 
     def drop_lines_after(self, step):
-        """Those steps come again."""
-        if not self.path.exists():
-            return
+        """A run that was killed takes those steps again."""
         lines = self.path.read_text().splitlines()
         with encode.reading(self.path, "a damaged line; remove the file, and the run goes on"):
             kept = [line for line in lines if json.loads(line)["step"] <= step]
@@ -1011,18 +925,19 @@ class Log:
         self.norms.append(norm)
 
     def due(self):
+        """The first line comes at once, the second soon."""
         return self.run.step in (1, 10) or self.run.step % self.run.config.log_every == 0
 
     def write(self, lr):
-        """Raises Stop if a loss or a gradient was not finite."""
-        losses = torch.stack(self.losses)  # (steps,)
+        """Here the host waits for the GPU. Raises Stop if a loss or gradient was not finite."""
+        losses = torch.stack(self.losses)  # (steps since the last line,)
         norms = torch.stack(self.norms)
         sum_over_processes(losses)
         sum_over_processes(self.by_time)
         self.check_finite(losses, norms)
-        config = self.run.config
         seconds = (time.perf_counter() - self.started) / len(losses)
-        rate = config.batch / seconds
+        rate = self.run.config.batch / seconds
+        sums, counts = self.by_time.tolist()
         row = {
             "step": self.run.step,
             "loss": losses.mean().item(),
@@ -1030,11 +945,10 @@ class Log:
             "lr": lr,
             "ms": 1000 * seconds,
             "images_per_s": rate,
-            "loss_by_t": [
-                s / n if n else None for s, n in zip(*self.by_time.tolist(), strict=True)
-            ],
+            "loss_by_t": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
         }
         if self.peak:
+            # MFU: the share of what the device could compute at most.
             row["mfu"] = rate * self.flops / self.peak
         if self.run.device.type == "cuda":
             row["gib"] = torch.cuda.max_memory_allocated(self.run.device) / 2**30
@@ -1049,12 +963,11 @@ class Log:
         if bad.any():
             step = self.run.step - len(losses) + 1 + int(bad.int().argmax())
             line = f"{self.run.folder}: the loss or gradient of step {step:,} is not finite"
-            advice = "the last checkpoint is from before; try a lower --lr, or --precision fp32"
+            advice = "any checkpoint is from before it; try a lower --lr, or --precision fp32"
             raise Stop(f"{line}; {advice}", 1)
 
     def show(self, row):
         steps = self.run.config.steps
-        eta = (steps - row["step"]) * row["ms"] / 1000
         parts = [
             f"step {row['step']:,}/{steps:,} {row['step'] / steps:.1%}",
             f"loss {row['loss']:.4f}",
@@ -1066,6 +979,7 @@ class Log:
             parts.append(f"mfu {row['mfu']:.1%}")
         if "gib" in row:
             parts.append(f"{row['gib']:.1f} GiB")
+        eta = (steps - row["step"]) * row["ms"] / 1000
         parts.append(f"eta {tqdm.format_interval(eta)}")
         print(" | ".join(parts), flush=True)
         if row["step"] % (10 * self.run.config.log_every) == 0:
@@ -1074,8 +988,8 @@ class Log:
 
 
 def load_decoder(run):
-    """-> the VAE that draws samples on the way, or None where there is none: pictures are worth a
-    line, not the run."""
+    """-> the VAE that draws samples on the way, or None where it is not to be had: pictures are
+    worth a line, not the run."""
     config = run.config
     rank, _ = processes()
     if rank or not 0 < config.sample_every <= config.steps:
@@ -1097,13 +1011,122 @@ def draw_samples(run, decoder):
         latents = generate(run.ema, labels, range(16), run.config, run.device)
         grid = encode.image_grid(pictures(decoder, latents), columns=8)
         encode.save_png(run.folder / f"samples_{run.step:07d}.png", grid)
-    except Exception as error:
-        # Out of memory, say: training goes on.
-        print(f"no picture at step {run.step:,}: {error}", flush=True)
+    except (RuntimeError, Stop) as error:
+        # Out of memory, say, or weights that do not sample yet: training goes on.
+        print(f"no picture at step {run.step:,}: {str(error).splitlines()[0]}", flush=True)
+
+
+# ------------------------------------------------------------- the loop
+@contextlib.contextmanager
+def noted_signals():
+    """Yields a list that fills with SIGINT and SIGTERM, which then do not end the program; a
+    second one of a kind does."""
+    noted = []
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def agree(stop, save):
+    """-> whether any process was told to stop, and whether any wants to save."""
+    # On the CPU, so that the GPU is not waited for.
+    flags = torch.tensor([stop, save], dtype=torch.int32)
+    if dist.is_initialized():
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.bool().tolist()
+
+
+def begin(config):
+    """-> Run, new or continued: opens the data, joins the processes, reads the checkpoint."""
+    rank, world = processes()
+    device = encode.pick_device(config.device)
+    data = encode.LatentDataset(config.data)
+    count = config.batch // config.micro_batch
+    advice = f"give --micro-batch {max(1, config.batch // world)} or less"
+    require(world <= count, f"{world} processes for {count} micro-batches; {advice}")
+    if world > 1:
+        # NCCL sums gradients; gloo carries the flags of agree().
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if not config.vae:
+        config = replace(config, vae=data.settings.get("vae", encode.VAE))
+    run = build(config, data, device)
+    if run.checkpoint.exists():
+        resume(run)
+    if rank == 0:
+        introduce(run, world)
+    return run
+
+
+def introduce(run, world):
+    """Makes the run's folder, writes run.json, and says what is going to happen."""
+    config = run.config
+    run.folder.mkdir(parents=True, exist_ok=True)
+    settings = asdict(config) | {"data": run.data_id, "torch": torch.__version__}
+    with replacing(run.folder / "run.json") as temporary:
+        temporary.write_text(json.dumps(settings, indent=1))
+    parameters = sum(p.numel() for p in run.net.parameters())
+    passes = config.batch // config.micro_batch
+    start = f"continuing at step {run.step:,}" if run.step else "from the start"
+    print(
+        f"{run.folder}: {config.target}-prediction, {parameters:,} parameters, {run.data_id}\n"
+        f"batch {passes} x {config.micro_batch} on {world} x {run.device}, learning rate "
+        f"{config.lr:g}, EMA {config.ema:g}, seed {config.seed}; all settings in run.json\n"
+        f"{start}, up to step {config.steps:,}",
+        flush=True,
+    )
+
+
+def train(config):
+    """Trains config.target on config.data, or continues the run in config.out. -> its folder."""
+    run = begin(config)
+    config = run.config
+    decoder = load_decoder(run)
+    log = Log(run)
+    saver = Saver(run)
+    error_of = flow_error
+    if compiles(config, run.device):
+        # For fixed shapes: each new one would cost a minute.
+        error_of = torch.compile(flow_error, dynamic=False)
+    batches = micro_batches(run.data, config, run.device, run.step)
+    stop = False
+    with noted_signals() as signals:
+        while run.step < config.steps and not stop:
+            # One step.
+            lr = learning_rate(config, run.step + 1, len(run.data))
+            run.optimizer.param_groups[0]["lr"] = lr
+            loss = accumulate_gradients(run, error_of, batches, log)
+            sum_gradients(run.net)
+            norm = update(run.net, run.ema, run.optimizer, config.ema)
+            run.step += 1
+            log.add(loss, norm)
+
+            # Once in a while: log, save, draw. A checkpoint is saved after the log has looked at
+            # the losses up to here.
+            stop, save = agree(bool(signals), saver.due())
+            save = save or stop or run.step == config.steps
+            draw = config.sample_every and run.step % config.sample_every == 0
+            if save or draw or log.due():
+                log.write(lr)
+                if save:
+                    saver.save()
+                if draw and decoder:
+                    draw_samples(run, decoder)
+                log.restart_clock()
+    saver.wait()
+    finish(run, stop)
+    return run.folder
 
 
 def finish(run, stopped):
-    """After the last step, or a signal."""
+    """After the last step, or after a signal."""
     rank, _ = processes()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1111,9 +1134,9 @@ def finish(run, stopped):
         line = f"{run.folder}: stopped by a signal, saved at step {run.step:,}"
         raise Stop(f"{line}; the same command continues", 130)
     if rank == 0:
-        write_ema(run.folder / "ema.safetensors", load_file(run.checkpoint))
-        print(f"{run.folder}: {run.step:,} steps done; ema.safetensors is what samples")
-        print(f"python jlt.py --sample {run.folder} --classes 0 1")
+        write_ema(run.folder / "ema.safetensors", checkpoint_of(run))
+        print(f"{run.folder}: {run.step:,} steps done. To sample, for instance:")
+        print(f"python jlt.py --sample {run.folder} --classes 0 1", flush=True)
 
 
 # =============================================================== sampling from checkpoints
@@ -1134,7 +1157,7 @@ def write_ema(path, state):
     names, settings and class names in the header, no pickle."""
     about = {key: state[key] for key in ("config", "classes", "grid", "step")}
     with replacing(path) as temporary:
-        temporary.write_bytes(encode.save(state["ema"], {"jlt": json.dumps(about)}))
+        temporary.write_bytes(safetensors.torch.save(state["ema"], {"jlt": json.dumps(about)}))
 
 
 def export(folder):
@@ -1148,9 +1171,9 @@ def export(folder):
 def read_ema(path):
     """-> the state that write_ema was given, without what does not sample."""
     with encode.reading(path, "no averaged weights of this program"):
-        with encode.safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["jlt"])
-        return state | {"ema": encode.load_file(path)}
+        return state | {"ema": safetensors.torch.load_file(path)}
 
 
 def network_of(weights, input_size):
@@ -1221,15 +1244,12 @@ def load_network(path):
     return trained
 
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
 def find_checkpoint(name):
     """A path as it is; of a hub repository's name, the file that it holds, fetched once."""
     if Path(name).exists():
         return Path(name)
     local = f"{name}: no such file or run folder"
-    require(HUB_NAME.fullmatch(name), f"{local}, and no repository's name (owner/name) either")
+    require(name.count("/") == 1, f"{local}, and no repository's name (owner/name) either")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -1,300 +1,663 @@
 """FID and Inception Score as torch-fidelity 0.4 computes them, which is what the paper reports.
 
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz   # ADM's reference (of it, only mu and sigma)
-    python fid.py samples/ photos/                              # two folders of images
-    python fid.py photos/ --save stats.npz                      # a reference of my own, for any later SAMPLES
+    python fid.py samples/ VIRTUAL_imagenet256_labeled.npz     # ADM's reference statistics
+    python fid.py samples.npz photos/                          # images against images
+    python fid.py imagenet/train --size 256 --save in256.npz   # a reference of your own, then
+    python fid.py samples/ in256.npz
 
-Images are a folder, searched recursively, or an npz whose arr_0 is uint8 (N, H, W, 3), scored as they are: crop
-photographs to the samples' size first. Memory is constant but for 4 kB an image.
+Images are a folder, searched recursively, or an npz whose arr_0 is uint8 (N, H, W, 3). They are
+scored as they are; --size crops those of folders, as encode.py does. Memory is constant but for
+4 kB an image.
 """
-import argparse, math, os, re, sys, zipfile
-from collections import OrderedDict
+
+import contextlib
+import itertools
+import math
+import os
+import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
-from itertools import groupby, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch, torch.nn as nn
-from PIL import Image
+import torch
+import torch.nn.functional as F
+from scipy.linalg import eigh, eigvalsh
+from scipy.special import log_softmax, logsumexp
+from torch import nn
 from tqdm import tqdm
 
-WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"      # its sha256 begins with 6726825d
+from encode import (
+    center_crop,
+    list_images,
+    make_parser,
+    open_rgb,
+    pick_device,
+    processes,
+    reading,
+    replacing,
+    require,
+    require_new,
+    run,
+)
+
+# The number at the end of the name is the beginning of the file's sha256.
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".mpo")
-RANK, WORLD, LOCAL = (int(os.environ.get(k, n)) for k, n in dict(RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1).items())   # torchrun's
-PARSER = dict(usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-FAULTS = {"DataLoader worker": "lower --workers", "gloo|NCCL|TCPStore": "lost the other processes; the same command continues",
-          "out of memory|allocate": "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)"}      # torch's words
+FEATURES = 2048
+CLASSES = 1008  # ImageNet's 1,000 and eight that were never used
 
-# ---------------------------------------------------------------- faults and files, for all three programs
-class Stop(ValueError):
-    """Stop(line, status=2): a fault that one line explains; exit status 2 for bad usage, 1 for a fault on the way."""
 
-def need(condition, line, status=2):
-    if not condition:
-        raise Stop(line, status)
+# =============================================================== scores
+def to_float64(x):
+    """Tensor of any device, or array -> float64 array."""
+    return torch.as_tensor(x).detach().cpu().double().numpy()
 
-@contextmanager
-def reading(what, advice, status=2, faults=Exception):
-    """Makes a Stop of whatever goes wrong within: Pillow, zip, pickle, safetensors, the hub all have their own errors."""
-    try:
-        yield
-    except (Stop, MemoryError):
-        raise
-    except faults as e:
-        reason = getattr(e, "strerror", None) or str(e).split(". ")[0][:200] or type(e).__name__
-        raise Stop(f"{what}: {advice} ({reason})", status) from None
 
-def run(main):
-    """Calls main(); a foreseeable fault becomes one line on stderr and an exit status, not a traceback."""
-    try:
-        return main()
-    except Stop as e:
-        line, status = (*e.args, 2)[:2]
-    except KeyboardInterrupt:
-        line, status = "interrupted; what was finished is kept", 130
-    except OSError as e:                              # disk full, no permission, a network drive gone
-        line, status = f"{e.filename or 'a file'}: {e.strerror or e}; what was finished is kept", 1
-    except (MemoryError, RuntimeError) as e:          # torch's, gloo's and NCCL's are RuntimeErrors
-        fault = str(e) or "out of memory"
-        if not (advice := [FAULTS[words] for words in FAULTS if re.search(words, fault)]):
-            raise
-        line, status = f"{advice[0]} ({fault[:200].split('. ')[0]})", 1
-    print(f"{Path(sys.argv[0]).name}: {f'[rank {RANK}] ' * (RANK > 0)}{' '.join(line.split())}", file=sys.stderr)
-    sys.exit(status)
+class Statistics:
+    """Mean and covariance, in float64, of features that come in batches: `n`, `mean` (dim,) and
+    `cov` (dim, dim), over n - 1."""
 
-@contextmanager
-def atomic(path):
-    """Yields a temporary name, renamed to `path` on success: readers find the old file or all of the new one."""
-    path, tmp = Path(path), Path(path).with_name(f".tmp.{os.getpid()}.{Path(path).name}")
-    try:
-        with reading(path, "cannot be written; disk full? another process? What was there is intact", 1, (OSError, RuntimeError)):
-            [left.unlink(True) for left in path.parent.glob(f".tmp.[0-9]*.{path.name}")]    # of a process that was killed
-            yield tmp
-            with open(tmp, "rb+") as file:
-                os.fsync(file)                        # after a power cut, too
-            os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    def __init__(self, dim=FEATURES):
+        self.n = 0
+        self.mean = np.zeros(dim)
+        self.scatter = np.zeros((dim, dim))  # sum of (x - mean)(x - mean)^T
 
-# ---------------------------------------------------------------- images
-def list_images(folder):
-    """Sorted paths, relative to `folder`, of the image files in it and below it (known by extension)."""
-    return sorted(os.path.relpath(os.path.join(root, file), folder) for root, _, files in os.walk(folder)
-                  for file in files if file.lower().endswith(EXTENSIONS) and file[0] != ".")
+    @property
+    def cov(self):
+        return self.scatter / (self.n - 1)
 
-def open_rgb(path):
-    """Any image file as RGB: its first frame, alpha dropped, not rotated by EXIF (ImageNet's convention). 16-bit
-    grayscale is scaled to 8 bits; Pillow's convert alone would make it white."""
-    need(os.path.isfile(path), f"{path}: no file")    # but a pipe, say, on which open would wait for ever
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-        image.info.pop("transparency", None)          # of a palette: Pillow would warn, and refuse to save the result
-        return image.convert("RGB")
+    def update(self, features):
+        """features (B, dim), torch or numpy. Raises Stop if they are of another shape or not
+        finite."""
+        x = to_float64(features)
+        fits = x.shape[1:] == self.mean.shape and len(x) > 0
+        wanted = f"should be (B, {len(self.mean)}), free of NaN and infinity"
+        require(fits and np.isfinite(x).all(), f"features {x.shape} {wanted}", 1)
 
-def read_images(path):
-    """Folder or npz -> a generator of first the number of images, then each, uint8 (H, W, 3), in order."""
-    if path.is_dir():
-        def load(name):
-            with reading(path / name, "not a readable image, and a score must not leave it out"):
-                return np.array(open_rgb(path / name))
-        yield len(names := list_images(path))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            ahead = []
-            for start in range(0, len(names) + 64, 64):                   # hands out 64 while the next 64 are decoded
-                now, ahead = ahead, pool.map(load, names[start:start + 64])
-                yield from now
-        return
-    with reading(path, "not a readable npz of images"), zipfile.ZipFile(path) as archive:
-        file = archive.open("arr_0.npy")              # streamed: 50,000 images of 256x256 are 9.8 GB
-        major, _ = np.lib.format.read_magic(file)
-        shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(file)
-        need(dtype == np.uint8 and not fortran and len(shape) > 2 and shape[3:] in ((), (1,), (3,), (4,)),
-             f"{path}: arr_0 is {dtype} {shape}{', Fortran' * fortran}, not uint8 (N, H, W, 3)")
-        yield shape[0]
-        for _ in range(shape[0]):
-            image = np.frombuffer(file.read(math.prod(shape[1:])), np.uint8).reshape(*shape[1:3], -1)
-            yield image[..., :3] if image.shape[2] > 1 else image.repeat(3, axis=2)     # alpha is dropped
+        # Chan, Golub, LeVeque 1979: the scatter of old and new together is that of each about its
+        # own mean, and n_old n_new / n (shift shift^T), here as one more row. Plain sums of
+        # squares would cancel where the mean is large.
+        n = self.n + len(x)
+        shift = x.mean(0) - self.mean
+        between = shift * math.sqrt(self.n * len(x) / n)
+        rows = np.vstack([x - x.mean(0), between])
+        self.scatter += rows.T @ rows
+        self.mean = self.mean + shift * (len(x) / n)
+        self.n = n
 
-# ---------------------------------------------------------------- the network
-def tf_resize(x):
-    """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in [-1, 1), bilinear as in TensorFlow 1: pixel i comes from
-    i * in/299 (no half-pixel shift), without antialiasing or rounding, all in float32. Raises Stop for other input."""
-    need(x.dtype == torch.uint8 and x.shape[1:-2] == (3,), f"expected uint8 (B, 3, H, W), got {x.dtype} {tuple(x.shape)}")
-    for size in (x.shape[3], x.shape[2]):             # along x, then, transposed, along y
-        at = torch.arange(299, device=x.device).float() * torch.tensor(size / 299, dtype=torch.float32)
-        low = at.long()
-        a, b = x[..., low].float(), x[..., (low + 1).clamp(max=size - 1)].float()
-        x = (a + (b - a) * (at - low)).transpose(2, 3)
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """Frechet distance of two Gaussians, mu (D,) and sigma (D, D): Heusel et al. 2017
+    (1706.08500), formula (6), |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+
+    Rounding may leave it barely below 0. Raises Stop on NaN, infinity and other shapes."""
+    given = [np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2)]
+    mu1, sigma1, mu2, sigma2 = given
+    dim = mu1.shape[:1]
+    shapes = [x.shape for x in given]
+    fits = shapes == [dim, dim + dim, dim, dim + dim]
+    finite = all(np.isfinite(x).all() for x in given)
+    require(fits and finite, f"expected finite mu (D,) and sigma (D, D) twice, got {shapes}", 1)
+
+    # With S1 = R R^T, the eigenvalues of S1 S2 are those of R^T S2 R. That is symmetric, and its
+    # solver is exact and quick; solvers for S1 S2 itself stray where it is singular.
+    values, vectors = eigh(sigma1)
+    root = vectors * np.sqrt(values.clip(0))
+    values = eigvalsh(root.T @ sigma2 @ root)
+    trace_of_root = np.sqrt(values.clip(0)).sum()
+
+    means = ((mu1 - mu2) ** 2).sum()
+    return float(means + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_of_root)
+
+
+def inception_score(logits, splits=10):
+    """Salimans et al. 2016 (1606.03498): exp(mean KL(p(y|x), p(y))) of each split of the logits
+    (N, classes) -> mean and population standard deviation over the splits.
+
+    Raises Stop on NaN, infinity or N < splits."""
+    logits = torch.as_tensor(logits)
+    n = len(logits)
+    enough = n >= splits and logits.isfinite().all()
+    require(enough, f"expected finite logits of at least {splits} images, got {n}", 1)
+
+    # Shuffled, by torch-fidelity's seed: a split of samples in the order of their classes would
+    # hold few of them, and score 30% lower.
+    order = np.random.RandomState(2020).permutation(n)
+    bounds = [i * n // splits for i in range(splits + 1)]
+    scores = []
+    for start, end in itertools.pairwise(bounds):
+        part = to_float64(logits[order[start:end]])  # (N / splits, classes)
+        # In logarithms: a probability may be too small for a float.
+        log_p = log_softmax(part, axis=1)
+        log_mean_p = logsumexp(log_p, axis=0) - math.log(len(part))
+        divergence = (np.exp(log_p) * (log_p - log_mean_p)).sum(1)
+        scores.append(np.exp(divergence.mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+# =============================================================== the network
+# Inception v3 (Szegedy et al. 2015, 1512.00567) as TensorFlow released it on 2015-12-05. Modules
+# have the names of pytorch-fid's state dict. Where this graph is not the Inception v3 of other
+# libraries, a comment says so: published scores rest on its oddities.
+
+
+def resize_rows(x):
+    """Every row of x (..., W) to 299 pixels, float32: pixel i is read at i * W / 299."""
+    width = x.shape[-1]
+    scale = torch.tensor(width / 299, dtype=torch.float32)
+    position = torch.arange(299, device=x.device).float() * scale
+    left = position.long()
+    right = (left + 1).clamp(max=width - 1)
+    a = x[..., left].float()
+    b = x[..., right].float()
+    return a + (b - a) * (position - left)
+
+
+def tf_resize(images):
+    """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in [-1, 1), bit for bit as TensorFlow 1:
+    bilinear, without the shift by half a pixel that other libraries have, without antialiasing or
+    rounding. Raises Stop for other input."""
+    fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
+    got = f"{images.dtype} {tuple(images.shape)}"
+    require(fits, f"expected images uint8 (B, 3, H, W), got {got}")
+    x = resize_rows(images)  # (B, 3, H, 299)
+    x = resize_rows(x.mT).mT  # (B, 3, 299, 299)
     return (x - 128) / 128
 
-def conv(c_in, c_out, kernel):
-    """Convolution, batch norm, ReLU. "1x7" is rows x columns, padded; "3x3/2" has stride 2 and no padding."""
-    size, _, stride = kernel.partition("/")
-    layer = nn.Conv2d(c_in, c_out, [*map(int, size.split("x"))], int(stride or 1), "valid" if stride else "same", bias=False)
-    return nn.Sequential(OrderedDict(conv=layer, bn=nn.BatchNorm2d(c_out, eps=1e-3), relu=nn.ReLU(True)))
 
-# Inception v3 (Szegedy et al. 2015, 1512.00567) as TensorFlow released it on 2015-12-05, with the names of pytorch-fid's
-# state dict. A Mixed block is branches side by side: "48 64@5x5" is a 1x1 to 48 channels and a 5x5 to 64; N is the block's
-# own width; 384@1x3@3x1 are two kernels on one input; _pool pools first.
-A = {"1x1": "64", "5x5": "48 64@5x5", "3x3dbl": "64 96@3x3 96@3x3", "_pool": "N"}
-B = {"3x3": "384@3x3/2", "3x3dbl": "64 96@3x3 96@3x3/2", "_pool": ""}
-C = {"1x1": "192", "7x7": "N N@1x7 192@7x1", "7x7dbl": "N N@7x1 N@1x7 N@7x1 192@1x7", "_pool": "192"}
-D = {"3x3": "192 320@3x3/2", "7x7x3": "192 192@1x7 192@7x1 192@3x3/2", "_pool": ""}
-E = {"1x1": "320", "3x3": "384 384@1x3@3x1", "3x3dbl": "448 384@3x3 384@1x3@3x1", "_pool": "192"}
-MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False) # TensorFlow's mean leaves the padding out
-MAX, HALVE = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)                    # MAX in 7c is an oddity of this graph: keep it
-LAYERS = dict(
-    Conv2d_1a_3x3=(3, 32, "3x3/2"), Conv2d_2a_3x3=(32, 32, "3x3/1"), Conv2d_2b_3x3=(32, 64, "3x3"),
-    Conv2d_3b_1x1=(64, 80, "1x1"), Conv2d_4a_3x3=(80, 192, "3x3/1"),
-    Mixed_5b=(192, A, 32, MEAN), Mixed_5c=(256, A, 64, MEAN), Mixed_5d=(288, A, 64, MEAN),
-    Mixed_6a=(288, B, 0, HALVE), Mixed_6b=(768, C, 128, MEAN), Mixed_6c=(768, C, 160, MEAN), Mixed_6d=(768, C, 160, MEAN),
-    Mixed_6e=(768, C, 192, MEAN), Mixed_7a=(768, D, 0, HALVE), Mixed_7b=(1280, E, 0, MEAN), Mixed_7c=(2048, E, 0, MAX))
+class Conv(nn.Module):
+    """Convolution, batch norm, ReLU. A kernel (1, 7) is one row, seven columns."""
 
-class Mixed(nn.Module):
-    def __init__(self, c_in, branches, width, pool):
+    def __init__(self, channels, out_channels, kernel, stride=1, padding="same"):
         super().__init__()
-        self.pool, self.chains = pool, {branch: [] for branch in branches}
-        for branch, chain in branches.items():
-            c, steps = c_in, [step.split("@") for step in chain.replace("N", str(width)).split()]
-            for i, (c_out, *kernels) in enumerate(steps, 1):
-                units = [conv(c, int(c_out), kernel) for kernel in kernels or ["1x1"]]
-                for unit, letter in zip(units, "ab" if len(units) > 1 else [""]):
-                    self.add_module(f"branch{branch}" + f"_{i}" * (len(steps) > 1) + letter, unit)
-                self.chains[branch].append(units)
-                c = int(c_out)
+        self.conv = nn.Conv2d(channels, out_channels, kernel, stride, padding, bias=False)
+        # TensorFlow's epsilon; torch's is 1e-5.
+        self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
 
     def forward(self, x):
-        out = []
-        for branch, chain in self.chains.items():
-            h = [self.pool(x) if branch == "_pool" else x]
-            for units in chain:
-                h = [unit(h[0]) for unit in units]
-            out += h
-        return torch.cat(out, 1)
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+def mean_pool(x):
+    """3x3 mean that keeps the size. TensorFlow divides by the pixels inside the picture, torch by
+    nine unless it is told otherwise."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def max_pool(x):
+    """3x3 maximum that keeps the size."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def halve(x):
+    """3x3 maximum of every second pixel."""
+    return F.max_pool2d(x, 3, stride=2)
+
+
+def chain(x, *layers):
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+# A Mixed block is branches side by side, whose outputs are stacked as channels.
+class MixedA(nn.Module):
+    """35x35 pixels: Mixed_5b, 5c and 5d."""
+
+    def __init__(self, channels, pool_channels):
+        super().__init__()
+        self.branch1x1 = Conv(channels, 64, 1)
+        self.branch5x5_1 = Conv(channels, 48, 1)
+        self.branch5x5_2 = Conv(48, 64, 5)
+        self.branch3x3dbl_1 = Conv(channels, 64, 1)
+        self.branch3x3dbl_2 = Conv(64, 96, 3)
+        self.branch3x3dbl_3 = Conv(96, 96, 3)
+        self.branch_pool = Conv(channels, pool_channels, 1)
+
+    def forward(self, x):
+        branches = [
+            self.branch1x1(x),
+            chain(x, self.branch5x5_1, self.branch5x5_2),
+            chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3),
+            chain(x, mean_pool, self.branch_pool),
+        ]
+        return torch.cat(branches, 1)
+
+
+class MixedB(nn.Module):
+    """35x35 to 17x17: Mixed_6a."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.branch3x3 = Conv(channels, 384, 3, stride=2, padding="valid")
+        self.branch3x3dbl_1 = Conv(channels, 64, 1)
+        self.branch3x3dbl_2 = Conv(64, 96, 3)
+        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2, padding="valid")
+
+    def forward(self, x):
+        branches = [
+            self.branch3x3(x),
+            chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3),
+            halve(x),
+        ]
+        return torch.cat(branches, 1)
+
+
+class MixedC(nn.Module):
+    """17x17: Mixed_6b to 6e. A 7x7 kernel is split into a row and a column of `width` channels."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        row = (1, 7)
+        column = (7, 1)
+        self.branch1x1 = Conv(channels, 192, 1)
+        self.branch7x7_1 = Conv(channels, width, 1)
+        self.branch7x7_2 = Conv(width, width, row)
+        self.branch7x7_3 = Conv(width, 192, column)
+        self.branch7x7dbl_1 = Conv(channels, width, 1)
+        self.branch7x7dbl_2 = Conv(width, width, column)
+        self.branch7x7dbl_3 = Conv(width, width, row)
+        self.branch7x7dbl_4 = Conv(width, width, column)
+        self.branch7x7dbl_5 = Conv(width, 192, row)
+        self.branch_pool = Conv(channels, 192, 1)
+
+    def forward(self, x):
+        double = chain(x, self.branch7x7dbl_1, self.branch7x7dbl_2, self.branch7x7dbl_3)
+        branches = [
+            self.branch1x1(x),
+            chain(x, self.branch7x7_1, self.branch7x7_2, self.branch7x7_3),
+            chain(double, self.branch7x7dbl_4, self.branch7x7dbl_5),
+            chain(x, mean_pool, self.branch_pool),
+        ]
+        return torch.cat(branches, 1)
+
+
+class MixedD(nn.Module):
+    """17x17 to 8x8: Mixed_7a."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.branch3x3_1 = Conv(channels, 192, 1)
+        self.branch3x3_2 = Conv(192, 320, 3, stride=2, padding="valid")
+        self.branch7x7x3_1 = Conv(channels, 192, 1)
+        self.branch7x7x3_2 = Conv(192, 192, (1, 7))
+        self.branch7x7x3_3 = Conv(192, 192, (7, 1))
+        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2, padding="valid")
+
+    def forward(self, x):
+        square = chain(x, self.branch7x7x3_1, self.branch7x7x3_2, self.branch7x7x3_3)
+        branches = [
+            chain(x, self.branch3x3_1, self.branch3x3_2),
+            self.branch7x7x3_4(square),
+            halve(x),
+        ]
+        return torch.cat(branches, 1)
+
+
+class MixedE(nn.Module):
+    """8x8: Mixed_7b and 7c. Here the row and the column of a 3x3 stand side by side."""
+
+    def __init__(self, channels, pool):
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = Conv(channels, 320, 1)
+        self.branch3x3_1 = Conv(channels, 384, 1)
+        self.branch3x3_2a = Conv(384, 384, (1, 3))
+        self.branch3x3_2b = Conv(384, 384, (3, 1))
+        self.branch3x3dbl_1 = Conv(channels, 448, 1)
+        self.branch3x3dbl_2 = Conv(448, 384, 3)
+        self.branch3x3dbl_3a = Conv(384, 384, (1, 3))
+        self.branch3x3dbl_3b = Conv(384, 384, (3, 1))
+        self.branch_pool = Conv(channels, 192, 1)
+
+    def forward(self, x):
+        single = self.branch3x3_1(x)
+        double = chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2)
+        branches = [
+            self.branch1x1(x),
+            self.branch3x3_2a(single),
+            self.branch3x3_2b(single),
+            self.branch3x3dbl_3a(double),
+            self.branch3x3dbl_3b(double),
+            chain(x, self.pool, self.branch_pool),
+        ]
+        return torch.cat(branches, 1)
+
+
+def load_weights(path):
+    """-> the state dict in a file; for None, of the file downloaded once (96 MB)."""
+    if path is not None:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # The hub says on stdout what it fetches; there, the score stands alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        return torch.hub.load_state_dict_from_url(
+            URL, map_location="cpu", check_hash=True, weights_only=True
+        )
+
 
 class Inception(nn.Module):
-    """uint8 (B, 3, H, W) -> features (B, 2048), logits (B, 1008). `weights`: pytorch-fid's state dict of 566 tensors, its file,
-    or None: downloaded once (96 MB, hash checked). Raises Stop for others. Turns TF32 off, which moves the features."""
+    """uint8 (B, 3, H, W) -> features (B, 2048), logits (B, 1008), float32.
+
+    `weights`: the state dict of 566 tensors that pytorch-fid and torch-fidelity use, a file that
+    holds it, or None to download it. Raises Stop for others. Turns TF32 off in this process: it
+    would move the features."""
+
     def __init__(self, weights=None):
         super().__init__()
-        for name, spec in LAYERS.items():
-            self.add_module(name, (conv if name.startswith("Conv") else Mixed)(*spec))
-        self.fc = nn.Linear(2048, 1008)
-        with redirect_stdout(sys.stderr), reading("Inception" if isinstance(weights, dict) else weights or "download",
-                f"no Inception weights; fetch {URL} and name the file with --weights", 1 if weights is None else 2):
-            if weights is None:
-                weights = torch.hub.load_state_dict_from_url(URL, map_location="cpu", check_hash=True, weights_only=True)
-            self.load_state_dict(weights if isinstance(weights, dict) else torch.load(weights, "cpu", weights_only=True))
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, padding="valid")
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding="valid")
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding="valid")
+        self.Mixed_5b = MixedA(192, pool_channels=32)
+        self.Mixed_5c = MixedA(256, pool_channels=64)
+        self.Mixed_5d = MixedA(288, pool_channels=64)
+        self.Mixed_6a = MixedB(288)
+        self.Mixed_6b = MixedC(768, width=128)
+        self.Mixed_6c = MixedC(768, width=160)
+        self.Mixed_6d = MixedC(768, width=160)
+        self.Mixed_6e = MixedC(768, width=192)
+        self.Mixed_7a = MixedD(768)
+        self.Mixed_7b = MixedE(1280, mean_pool)
+        # Only here: a maximum. An oddity of the released graph, which its scores rest on.
+        self.Mixed_7c = MixedE(2048, max_pool)
+        self.fc = nn.Linear(FEATURES, CLASSES)
+
+        is_state = isinstance(weights, dict)
+        name = WEIGHTS if weights is None or is_state else weights
+        advice = f"no Inception weights; fetch {URL} and name the file with --weights"
+        with reading(name, advice, status=1 if weights is None else 2):
+            self.load_state_dict(weights if is_state else load_weights(weights))
         self.eval()
-        torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
     @torch.inference_mode()
     def forward(self, images):
-        x = tf_resize(images)                                             # (B, 3, 299, 299)
-        for name in LAYERS:
-            x = self.get_submodule(name)(x)           # 35x35 in 5, 17x17 from 6a, 8x8 from 7a
-            x = HALVE(x) if name in ("Conv2d_2b_3x3", "Conv2d_4a_3x3") else x
-        features = x.mean((2, 3))                                         # (B, 2048)
-        return features, features @ self.fc.weight.T  # no bias, as in the first published score
+        x = tf_resize(images)  # (B, 3, 299, 299)
+        x = chain(x, self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3)
+        x = halve(x)  # (B, 64, 73, 73)
+        x = chain(x, self.Conv2d_3b_1x1, self.Conv2d_4a_3x3)
+        x = halve(x)  # (B, 192, 35, 35)
+        x = chain(x, self.Mixed_5b, self.Mixed_5c, self.Mixed_5d)  # (B, 288, 35, 35)
+        x = self.Mixed_6a(x)  # (B, 768, 17, 17)
+        x = chain(x, self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e)
+        x = chain(x, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c)  # (B, 2048, 8, 8)
+        features = x.mean((2, 3))  # (B, 2048)
+        # Without fc.bias, as in the first published Inception Score and in all since.
+        logits = features @ self.fc.weight.T  # (B, 1008)
+        return features, logits
 
-# ---------------------------------------------------------------- statistics and scores
-class Statistics:
-    """`n`, `mean` (dim,) and covariance `cov` (dim, dim) of features that come in batches, in float64. Merged as by
-    Chan, Golub & LeVeque (1979): plain sums of squares cancel where the mean is large."""
-    cov = property(lambda self: self.scatter / (self.n - 1))
-    def __init__(self, dim=2048):
-        self.n, self.mean, self.scatter = 0, np.zeros(dim), np.zeros((dim, dim))
 
-    def update(self, features):
-        """features (B, dim), torch or numpy. Raises Stop where they are not finite or of another shape."""
-        x = torch.as_tensor(features).detach().cpu().double().numpy()
-        need(x.shape[1:] == self.mean.shape and len(x) and np.isfinite(x).all(),
-             f"features {x.shape} should be (B, {len(self.mean)}), free of NaN and infinity", 1)
-        n, shift = self.n + len(x), x.mean(0) - self.mean
-        rows = np.vstack([x - x.mean(0), shift * math.sqrt(self.n * len(x) / n)])       # the last: how far apart the means are
-        self.n, self.mean, self.scatter = n, self.mean + shift * (len(x) / n), self.scatter + rows.T @ rows
+# =============================================================== images and statistics in files
+WANTED = (
+    "give a folder of images or an npz whose arr_0 is uint8 (N, H, W, 3); "
+    "the reference may also be an npz with mu and sigma"
+)
+NO_NPZ = f"no npz, or a damaged one; {WANTED}"
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Heusel et al. 2017 (1706.08500), (6): |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); mu (D,), S (D, D).
-    The last trace sums the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric; solvers for
-    S1 S2 itself stray. May be barely negative. Raises Stop on NaN, infinity and other shapes."""
-    mu1, sigma1, mu2, sigma2 = given = [np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2)]
-    d = mu1.shape[:1]
-    need([x.shape for x in given] == [d, 2 * d, d, 2 * d] and all(np.isfinite(x).all() for x in given),
-         f"expected finite mu (D,) and sigma (D, D) twice, got {[x.shape for x in given]}", 1)
-    values, vectors = np.linalg.eigh(sigma1)
-    half = vectors * np.sqrt(values.clip(0))          # S1 = half half^T: half^T S2 half has the same eigenvalues
-    roots = np.sqrt(np.linalg.eigvalsh(half.T @ sigma2 @ half).clip(0))
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum())
 
-def inception_score(logits, splits=10):
-    """Salimans et al. 2016 (1606.03498): mean, population std over splits of exp(mean KL(p(y|x), p(y))), of logits
-    (N, classes). Shuffled by torch-fidelity's seed: a split of class-ordered samples would miss most classes and score
-    30% lower. Raises Stop on NaN, infinity or N < splits."""
-    logits, n, scores = torch.as_tensor(logits), len(logits), []
-    need(n >= splits and logits.isfinite().all(), f"expected finite logits of at least {splits} images, got {n}", 1)
-    logits = logits[torch.from_numpy(np.random.RandomState(2020).permutation(n))]
-    for i in range(splits):
-        log_p = logits[i * n // splits:(i + 1) * n // splits].double().log_softmax(1)   # (N / splits, classes)
-        log_q = log_p.logsumexp(0) - math.log(len(log_p))                 # log of mean p, also where every p underflows
-        scores.append((log_p.exp() * (log_p - log_q)).sum(1).mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))
+def array_names(path):
+    """-> names of the arrays in an npz; [] for a folder. Raises Stop where `path` is neither."""
+    require(path.exists(), f"{path}: no such file or folder")
+    if path.is_dir():
+        return []
+    with reading(path, NO_NPZ), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
 
-# ---------------------------------------------------------------- the command line
+
+def holds_statistics(path):
+    names = array_names(path)
+    return "mu" in names or "ref_mu" in names
+
+
+class FolderImages:
+    """The images in a folder and below it, uint8 (H, W, 3), in the order of their names."""
+
+    def __init__(self, path, size):
+        self.path = path
+        self.size = size  # of a square crop; None: the images as they are
+        self.names = list_images(path)
+
+    def __len__(self):
+        return len(self.names)
+
+    def read(self, name):
+        advice = "not a readable image, and a score must not leave it out"
+        with reading(self.path / name, advice):
+            image = open_rgb(self.path / name)
+            if self.size:
+                image = center_crop(image, self.size)
+            return np.array(image)
+
+    def __iter__(self):
+        """Gives out 64 images while threads decode the next 64."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ahead = pool.map(self.read, self.names[:64])
+            for start in range(64, len(self) + 64, 64):
+                now = ahead
+                ahead = pool.map(self.read, self.names[start : start + 64])
+                yield from now
+
+
+class NpzImages:
+    """The images of an npz's arr_0, uint8 (H, W, 3). They are read one by one from the zip: 50,000
+    of 256x256 are 9.8 GB."""
+
+    def __init__(self, path):
+        self.path = path
+        with self.open_array() as (_, shape):
+            self.shape = shape
+
+    def __len__(self):
+        return self.shape[0]
+
+    @contextlib.contextmanager
+    def open_array(self):
+        """Yields arr_0 as a stream of bytes, and its shape."""
+        with (
+            reading(self.path, NO_NPZ),
+            zipfile.ZipFile(self.path) as archive,
+            archive.open("arr_0.npy") as file,
+        ):
+            np.lib.format.read_magic(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            # Grey, grey, RGB, RGB and alpha.
+            channels_last = len(shape) >= 3 and shape[3:] in [(), (1,), (3,), (4,)]
+            fits = dtype == np.uint8 and channels_last and not fortran_order
+            order = ", in Fortran order" if fortran_order else ""
+            require(fits, f"{self.path}: arr_0 is {dtype} {shape}{order}; {WANTED}")
+            yield file, shape
+
+    def __iter__(self):
+        """At the last image, zipfile compares the checksum of all."""
+        n, height, width = self.shape[:3]
+        size = math.prod(self.shape[1:])
+        with self.open_array() as (file, _):
+            for _ in range(n):
+                image = np.frombuffer(file.read(size), np.uint8).reshape(height, width, -1)
+                if image.shape[2] == 1:
+                    image = image.repeat(3, axis=2)
+                yield image[:, :, :3]
+
+
+def open_images(path, size=None):
+    """-> FolderImages or NpzImages. Raises Stop if there are no images, or fewer than 10."""
+    if path.is_dir():
+        images = FolderImages(path, size)
+    else:
+        has_images = "arr_0" in array_names(path)
+        swapped = holds_statistics(path) and not has_images
+        require(not swapped, f"{path}: these are statistics; they go second: SAMPLES {path}")
+        require(has_images, f"{path}: has no arr_0; {WANTED}")
+        images = NpzImages(path)
+    few = f"{path}: {len(images)} images; scores need 10, and thousands to mean something"
+    require(len(images) >= 10, few)
+    return images
+
+
+class SavedStatistics(NamedTuple):
+    """Of a file; named as those of Statistics are."""
+
+    mean: np.ndarray  # (2048,)
+    cov: np.ndarray  # (2048, 2048)
+    n: int | None  # None: the file does not say
+
+
 def read_statistics(path):
-    """npz -> mu (2048,), sigma (2048, 2048), n (None: unknown); or None where it holds images instead."""
-    with reading(path, "not a readable npz"), np.load(path, allow_pickle=False) as file:
-        ref = "ref_" * ("ref_mu" in file)
-        if "arr_0" in file and ref + "mu" not in file:
-            return None
-        mu, sigma = (file[ref + key].astype(np.float64) for key in ("mu", "sigma"))
-        need([mu.shape, sigma.shape] == [(2048,), (2048, 2048)] and np.isfinite(mu.sum() + sigma.sum()) and sigma.trace() >= 0,
-             f"{path}: mu {mu.shape}, sigma {sigma.shape} should be finite (2048,), and a covariance (2048, 2048)")
-        return mu, sigma, int(file["n"]) if "n" in file else None
+    """An npz with mu and sigma, or ref_mu and ref_sigma -> SavedStatistics. ADM's file has images,
+    too: they are a few of those that mu and sigma are of, and are not read."""
+    with reading(path, NO_NPZ), np.load(path, allow_pickle=False) as file:
+        prefix = "ref_" if "ref_mu" in file else ""
+        mu = file[prefix + "mu"].astype(np.float64)
+        sigma = file[prefix + "sigma"].astype(np.float64)
+        n = int(file["n"]) if "n" in file else None
+    fits = mu.shape == (FEATURES,) and sigma.shape == (FEATURES, FEATURES)
+    fits = fits and np.isfinite(mu).all() and np.isfinite(sigma).all() and np.trace(sigma) >= 0
+    wanted = f"should be finite, ({FEATURES},) and a covariance ({FEATURES}, {FEATURES})"
+    require(fits, f"{path}: mu {mu.shape} and sigma {sigma.shape} {wanted}")
+    return SavedStatistics(mu, sigma, n)
 
-def extract(net, path, images, n):
-    """n images through the network, 64 at a time -> mean, covariance, n, logits (n, 1008)."""
-    statistics, logits = Statistics(), []
-    for _, same in groupby(tqdm(images, path.name, n, unit="image"), np.shape):         # consecutive images of one size
-        while group := list(islice(same, 64)):
-            x = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2)     # (B, 3, H, W)
-            features, logit = net(x.to(net.fc.weight.device))             # (B, 2048), (B, 1008)
+
+def save_statistics(path, statistics, source):
+    """Writes what read_statistics reads."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            # Precisions as the evaluation in JiT's code wants them.
+            mu=statistics.mean.astype(np.float32),
+            sigma=statistics.cov,
+            n=statistics.n,
+            source=source,
+        )
+
+
+# =============================================================== the command
+def warn(line):
+    # tqdm's, since a progress bar may stand there.
+    tqdm.write(f"fid.py: {line}", file=sys.stderr)
+
+
+def batches(images, most=64):
+    """Lists of consecutive images of one size, at most so many."""
+    batch = []
+    for image in images:
+        if batch and (len(batch) == most or image.shape != batch[0].shape):
+            yield batch
+            batch = []
+        batch.append(image)
+    yield batch
+
+
+def note_size(size, path, sizes):
+    """Warns when images of a second size turn up, of the same set or of the other. `sizes` holds
+    where each size was first seen."""
+    if size in sizes:
+        return
+    sizes[size] = path
+    if len(sizes) == 2:
+        seen = " and ".join(f"{size} pixels ({path})" for size, path in sizes.items())
+        warn(f"images of more than one size are scored: {seen}; --size crops those of folders")
+
+
+def measure(net, images, sizes):
+    """Takes all images through the network -> Statistics, logits (N, 1008)."""
+    statistics = Statistics()
+    logits = torch.empty(len(images), CLASSES)
+    device = net.fc.weight.device
+    with tqdm(total=len(images), desc=images.path.name, unit="image") as bar:
+        for batch in batches(images):
+            height, width, _ = batch[0].shape
+            note_size(f"{width}x{height}", images.path, sizes)
+            x = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)  # (B, 3, H, W)
+            features, batch_logits = net(x.to(device))
+            done = statistics.n
             statistics.update(features)
-            logits.append(logit.cpu())
-    return statistics.mean, statistics.cov, n, torch.cat(logits)
+            logits[done : statistics.n] = batch_logits
+            bar.update(len(batch))
+    return statistics, logits
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, **PARSER)
+
+def warn_if_few(path, n):
+    if n is None or n >= 50_000:
+        return
+    line = f"{path}: {n:,} images; below 50,000 scores are biased: compare at equal n only"
+    if n <= FEATURES:
+        line += f". Up to {FEATURES:,} the covariance is singular"
+    warn(line)
+
+
+def same_images(a, b):
+    """Whether two Statistics are of the same images. Files hold the mean as float32."""
+
+    def close(x, y):
+        return np.abs(x - y).max() <= 1e-5 * np.abs(y).max()
+
+    return close(a.mean, b.mean) and close(a.cov, b.cov)
+
+
+def parse_arguments():
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("samples", type=Path, help="folder of images, or npz with arr_0")
-    add("reference", type=Path, nargs="?", help="the same, or npz with mu and sigma (ref_mu and ref_sigma)")
-    add("--save", type=Path, metavar="FILE", help="write the samples' mu, sigma and n: a reference for later")
-    add("--weights", type=Path, metavar="FILE", help=f"a copy of {WEIGHTS} (else downloaded once, 96 MB)")
-    args = parser.parse_args()                        # now open everything, and refuse it if need be, before the network runs
-    need(not (save := args.save) or os.access(save.parent, os.W_OK) and not save.exists(), f"--save {save}: exists, or no such folder")
-    need(WORLD == 1, "fid.py is for one process")
-    reference = read_statistics(args.reference) if args.reference and not args.reference.is_dir() else None
-    paths = [args.samples] if reference or not args.reference else [args.samples, args.reference]
-    sets = [(path, images, next(images)) for path in paths for images in [read_images(path)]]
-    for path, _, n in sets:
-        need(n >= 10, f"{path}: {n} images; scores need 10 at the least, and thousands to mean something")
-    net = Inception(args.weights).to(torch.accelerator.current_accelerator(True) or "cpu")
-    (mu, sigma, n, logits), *other = [extract(net, *images) for images in sets]
+    add("reference", type=Path, nargs="?", help="the same, or npz with mu and sigma")
+    add("--size", type=int, metavar="S", help="crop the images of folders to S x S pixels")
+    add("--save", type=Path, metavar="FILE", help="write the samples' mu, sigma and n there")
+    add("--weights", type=Path, metavar="FILE", help=f"{WEIGHTS} (else downloaded once, 96 MB)")
+    args = parser.parse_args()
+    _, world = processes()
+    require(world == 1, "fid.py is for one process: start it with python, not torchrun")
+    if args.size is not None:
+        require(args.size > 0, f"--size {args.size}: must be positive")
+        first = f"to crop a reference: fid.py FOLDER --size {args.size} --save FILE"
+        require(not args.samples.is_file(), f"--size: {args.samples} is no folder; {first}")
     if args.save:
-        with atomic(args.save) as tmp, open(tmp, "wb") as file:           # dtypes as JiT's evaluation wants them
-            np.savez(file, mu=mu.astype(np.float32), sigma=sigma, n=n, source=f"fid.py {args.samples}")
-    line = "Inception Score {:.2f} +- {:.2f} | n = {} ({})".format(*inception_score(logits), n, args.samples)
-    if args.reference:
-        mu2, sigma2, n2, *_ = reference or other[0]
-        line = f"FID {frechet_distance(mu, sigma, mu2, sigma2):.3f} | {line} against n = {n2 or 'unknown'} ({args.reference})"
-    for path, count in (args.samples, n), (args.reference, args.reference and n2):
-        if count and count < 50_000:
-            print(f"fid.py: {path}: {count:,} images; below 50,000 scores are biased: compare at equal n only"
-                  f"{'. Up to 2,048 the covariance is singular' * (count <= 2048)}", file=sys.stderr)
-    print(f"{line} | {args.weights or WEIGHTS}, TF1 resize" + f" | saved to {args.save}" * bool(args.save))
+        require_new(args.save)
+    return args
+
+
+def main():
+    # Everything is opened, and refused if need be, before the network runs.
+    args = parse_arguments()
+    samples = open_images(args.samples, args.size)
+    reference = None
+    reference_images = None
+    if args.reference and holds_statistics(args.reference):
+        reference = read_statistics(args.reference)
+    elif args.reference:
+        reference_images = open_images(args.reference, args.size)
+    net = Inception(args.weights).to(pick_device())
+
+    sizes = {}
+    statistics, logits = measure(net, samples, sizes)
+    if args.save:
+        source = f"fid.py {args.samples}"
+        if args.size:
+            source += f" --size {args.size}"
+        save_statistics(args.save, statistics, source)
+    if reference_images is not None:
+        reference, _ = measure(net, reference_images, sizes)
+
+    mean, deviation = inception_score(logits)
+    line = f"Inception Score {mean:.2f} +- {deviation:.2f} | n = {statistics.n} ({args.samples})"
+    warn_if_few(args.samples, statistics.n)
+    if reference is not None:
+        distance = frechet_distance(statistics.mean, statistics.cov, reference.mean, reference.cov)
+        # Adding 0 makes a 0 of the -0 that rounding may leave.
+        distance = round(distance, 3) + 0
+        against = f"against n = {reference.n or 'unknown'} ({args.reference})"
+        line = f"FID {distance:.3f} | {line} {against}"
+        warn_if_few(args.reference, reference.n)
+        if same_images(statistics, reference):
+            warn(f"{args.samples} and {args.reference}: both sides are the same images")
+
+    line += f" | {args.weights or WEIGHTS}, TF1 resize"
+    if args.save:
+        line += f" | saved to {args.save}"
+    print(line)
+
 
 if __name__ == "__main__":
     run(main)

@@ -901,9 +901,12 @@ class Log:
 
     def drop_lines_after(self, step):
         """A run that was killed takes those steps again."""
-        lines = self.path.read_text().splitlines()
-        with encode.reading(self.path, "a damaged line; remove the file, and the run goes on"):
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = []
+        # A power cut may leave half a line at the end.
+        with contextlib.suppress(ValueError):
+            for line in self.path.read_text().splitlines():
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
         with replacing(self.path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))
 
@@ -1150,6 +1153,7 @@ class Trained:
     vae: str
     class_names: list
     weights: str  # which ones, in words
+    path: Path | None = None
 
 
 def write_ema(path, state):
@@ -1240,6 +1244,7 @@ def load_network(path):
     state = read_ema(path) if path.suffix == ".safetensors" else load_file(path)
     with encode.reading(path, "holds no JLT"):
         trained = from_published(state) if "model_ema1" in state else from_ours(state)
+    trained.path = path
     print(f"{path}: {trained.target}-prediction, {trained.weights}", flush=True)
     return trained
 
@@ -1302,7 +1307,8 @@ def sample_command(name, classes, n, labels, given):
     require(n is None or n > 0, f"--n {n}: must be positive")
     for other in sorted(set(given) - SAMPLE_FLAGS):
         raise Stop(f"{flag(other)}: has no use with --sample; the checkpoint decides it")
-    config = configure(**given)
+    # Here a micro-batch is no part of a batch.
+    config = configure(batch=given.get("micro_batch") or 256, **given)
     device = encode.pick_device(config.device)
     path = find_checkpoint(name)
     trained = load_network(path)
@@ -1361,8 +1367,11 @@ def sample_classes(trained, numbers, out, labels, config, device):
     if rank:
         return
     net, vae = prepare(trained, len(numbers), config, device)
-    latents = generate(net, torch.tensor(numbers), range(len(numbers)), config, device)
-    images = pictures(vae, latents)
+    images = []
+    for part in torch.arange(len(numbers)).split(config.micro_batch):
+        classes = torch.tensor(numbers)[part]
+        images.append(pictures(vae, generate(net, classes, part.tolist(), config, device)))
+    images = torch.cat(images)
     if labels:
         names = trained.class_names or [str(i) for i in range(net.num_classes)]
         strips = [caption(names[i], images.shape[3]) for i in numbers]
@@ -1419,6 +1428,7 @@ def open_sample_folder(folder, trained, config):
     """Makes the folder with its settings.json. Raises Stop, naming what differs, if it is there
     with other settings."""
     settings = {
+        "checkpoint": str(trained.path.resolve()),
         "weights": trained.weights,
         "target": config.target,
         "t_eps": config.t_eps,
@@ -1577,7 +1587,6 @@ def geometry(folder, config):
     """--geometry: the spectrum of a cache's tokens, and what (3)-(6) make of it: two tables, and
     geometry.png."""
     out = Path(config.out)
-    encode.require_new(out)
     data = encode.LatentDataset(folder)
     p = config.patch_size
     require(data.shape[1] % p == 0, f"{folder}: patches of {p} do not tile latents {data.shape}")
@@ -1919,6 +1928,8 @@ def main():
         return bench(given)
     if modes["geometry"] is not None:
         refuse(given.keys() - {"model", "patch_size", "out"}, "--geometry")
+        if "out" in given:
+            encode.require_new(given["out"])
         folder = modes["geometry"]
         if not folder:
             folder = DEMO["data"]

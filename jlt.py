@@ -462,7 +462,7 @@ class Config:
     log_every: int = setting(100, "steps between log lines")
     save_every: int = setting(0, "steps between checkpoints; 0: every 15 minutes")
     sample_every: int = setting(10_000, "steps between pictures of samples; 0: none")
-    workers: int = setting(4, "processes that read latents ahead; 0: none")
+    workers: int = setting(4, "processes that read latents ahead, one a core at most")
     device: str = setting("", "cuda, mps or cpu; default: the best there is")
     precision: str = setting("auto", "of products; auto: bf16 on cuda", ("auto", "bf16", "fp32"))
     compile: str = setting("auto", "torch.compile; auto: on cuda", ("auto", "on", "off"))
@@ -616,9 +616,11 @@ class PickedLatents(Dataset):
         return self.data.read(index, flip), self.data.labels[index]
 
 
-def ignore_interrupts(worker):
-    """Ctrl-C reaches the reading processes, too; the training process finishes its step first."""
+def ignore_signals(worker):
+    """Ctrl-C, or a scheduler's SIGTERM, reaches the reading processes, too: the training process
+    needs them to finish its step, and ends them itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def micro_batches(data, config, device, start=0):
@@ -628,9 +630,9 @@ def micro_batches(data, config, device, start=0):
     loader = DataLoader(
         PickedLatents(data),
         batch_sampler=MicroBatches(len(data), config, start, rank, world),
-        num_workers=config.workers,
+        num_workers=min(config.workers, os.cpu_count()),
         pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=ignore_signals,
     )
     return iter(loader)
 

@@ -490,7 +490,7 @@ def open_images(path, size=None):
     else:
         has_images = "arr_0" in array_names(path)
         swapped = holds_statistics(path) and not has_images
-        require(not swapped, f"{path}: these are statistics; they go second: SAMPLES {path}")
+        require(not swapped, f"{path}: these are statistics; they go second: fid.py SAMPLES {path}")
         require(has_images, f"{path}: has no arr_0; {WANTED}")
         images = NpzImages(path)
     few = f"{path}: {len(images)} images; scores need 10, and thousands to mean something"

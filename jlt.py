@@ -959,9 +959,13 @@ class Log:
             row["gib"] = torch.cuda.max_memory_allocated(self.run.device) / 2**30
         if self.rank == 0:
             self.show(row)
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            self.append(row)
         self.clear()
+
+    def append(self, row):
+        full = encode.reading(self.path, "cannot be written; is the disk full?", 1)
+        with full, open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def check_finite(self, losses, norms):
         bad = ~(losses.isfinite() & norms.isfinite())
@@ -1443,6 +1447,9 @@ def open_sample_folder(folder, trained, config):
         "num_classes": trained.net.num_classes,
     }
     path = folder / "settings.json"
+    rank, _ = processes()
+    while rank > 0 and not path.exists():
+        time.sleep(0.1)  # the first process writes it
     if path.exists():
         with encode.reading(path, "damaged; give another --out"):
             old = json.loads(path.read_text())

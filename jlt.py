@@ -1261,13 +1261,17 @@ def find_checkpoint(name):
         return Path(name)
     local = f"{name}: no such file or run folder"
     require(name.count("/") == 1, f"{local}, and no repository's name (owner/name) either")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import hf_hub_download, logging
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    logging.set_verbosity_error()  # no line for each try
+    print(f"{name}: no such file here; asking the hub for that repository ...", flush=True)
     by_hand = f"fetch it by hand: hf download {name} checkpoint-last.pth --local-dir ."
-    with encode.reading(name, f"no such file here, and not to be had from the hub; {by_hand}", 1):
+    with encode.reading(name, f"not to be had from the hub; {by_hand}", 1):
         try:
             return Path(hf_hub_download(name, "checkpoint-last.pth"))
+        except LocalEntryNotFoundError:
+            raise  # no network
         except EntryNotFoundError:
             # A run of this program.
             return Path(hf_hub_download(name, "ema.safetensors"))
@@ -1347,7 +1351,8 @@ def class_number(word, trained):
     numbered = f"--classes {word}: give numbers, 0 to {last}; the checkpoint knows no names"
     require(names, numbered)
     near = difflib.get_close_matches(word, names, n=3, cutoff=0.4) or names[:3]
-    require(word in names, f"--classes {word}: no class of that name; there are {', '.join(near)}")
+    line = f"--classes {word}: no class of that name; there are, for instance, {', '.join(near)}"
+    require(word in names, line)
     return names.index(word)
 
 

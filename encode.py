@@ -127,13 +127,19 @@ def require_new(path):
 
 
 def make_parser(description):
-    """An ArgumentParser whose complaints are one line: without `usage`, nothing precedes them."""
-    return argparse.ArgumentParser(
+    """An ArgumentParser whose complaints are one line, like all others."""
+    parser = argparse.ArgumentParser(
         description=description,
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+    def complain(message):
+        raise Stop(message)
+
+    parser.error = complain
+    return parser
 
 
 def pick_device(name=""):
@@ -502,6 +508,7 @@ class Photos(Dataset):
         except Exception as error:
             # Pillow raises whatever the file's bytes lead it to.
             crop = np.zeros((self.size, self.size, 3), np.uint8)
+            sideways = False
             reason = " ".join(str(error).split()) or type(error).__name__
         return torch.from_numpy(crop).permute(2, 0, 1), reason, sideways
 
@@ -627,7 +634,7 @@ def finish_cache(folder, photos, settings):
     elif sideways:
         line += f"; {sideways} lie on their side by their EXIF data (--exif turns them)"
     if photos.loose:
-        names = ", ".join(photos.loose[:3])
+        names = ", ".join(f"{name!a}" for name in photos.loose[:3])
         line += f"; {len(photos.loose)} images in no class folder left out ({names})"
     print(line)
 
@@ -663,6 +670,7 @@ def main():
     compiled = device.type == "cuda" and len(photos) > 20_000
     vae = load_vae(args.vae, device, compiled)
 
+    require(not args.out.is_file(), f"--out {args.out}: is a file; give a folder")
     args.out.mkdir(parents=True, exist_ok=True)
     settings = cache_settings(vae, photos, args)
     done = check_finished_shards(args.out, settings)

@@ -1,41 +1,36 @@
 """JLT: clean-latent prediction in latent diffusion transformers (arXiv 2605.27102), in one file.
 
-A diffusion transformer (DiT) turns Gaussian noise into FLUX.2 latents of ImageNet pictures. A
-straight path leads from noise eps to data x:
+The data are latents: a frozen autoencoder, the VAE of FLUX.2, makes of a 256 x 256 picture 16 x 16
+positions of 128 channels, and a transformer sees each position as one token. It learns to turn
+noise eps into such latents x, along the straight path between the two:
 
     z_t = t x + (1 - t) eps,    t = 0 is noise, t = 1 is data,    velocity v = dz/dt = x - eps.
 
-To sample is to follow v from noise to data. The network sees z_t, t and the class. It is usually
-asked for v. It may as well be asked for the clean latent x, from which v = (x - z_t) / (1 - t)
-follows: same loss, same best answer. What differs is what has to come out of the network: for x
-something with the covariance of the data, for v the same plus noise of variance 1 in every
-direction, also in those where the data has next to none. In the paper, with everything else
-equal, x reaches FID 2.56 and v 6.56.
+Many pairs (x, eps) pass through one z_t, so a network that is trained by squared error learns a
+mean: E[v | z_t]. Whoever follows that mean velocity from noise to t = 1 arrives at data.
+
+The network may be asked for v itself, or for the clean latent x, from which the velocity is
+(x - z_t) / (1 - t). The best velocity is the same, and so is the loss. What differs is the
+network's work: in a direction in which the data hardly varies, the best x is about 0, and the best
+v is -z_t / (1 - t), so the network has to hand on the noise in its input, in each such direction.
+Asked for x it may forget that noise; the formula puts z_t back in, outside of the network. With
+everything else equal, the paper has FID (lower is better) 2.56 for x and 6.56 for v.
 
     python jlt.py --demo                               # see it: digits, a minute, no data, no GPU
     python encode.py imagenet/                         # once: pictures -> latents/
     python jlt.py --target x                           # the paper's run; --target v is its baseline
-    torchrun --nproc-per-node 8 jlt.py --target x      # the same run on eight GPUs
-    python jlt.py --sample runs/B-1-x --classes 207 360     # one picture of samples
-    python jlt.py --sample runs/B-1-x --n 50000             # a folder of samples, for fid.py
-    python jlt.py --geometry latents/                  # what the targets look like on these latents
-    python jlt.py --bench                              # how long the paper's run takes here
-
-In this order: the method (loss, guidance, sampler), the network, configuration, data order and
-noise, training, sampling from checkpoints, why x (the Gaussian analysis), demo, command line.
+    torchrun --nproc-per-node 8 jlt.py --micro-batch 128     # on eight GPUs
+    python jlt.py --sample runs/B-1-x --classes 207 360      # or --n 50000, and fid.py scores them
 """
 
 import contextlib
 import copy
-import difflib
 import hashlib
 import json
 import math
 import os
 import signal
-import tempfile
 import time
-import zipfile
 from argparse import SUPPRESS, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -50,20 +45,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import encode
 from encode import Stop, processes, replacing, require
 
 # =============================================================== the method
-# Equation numbers are the paper's. x: clean latents, eps: noise, z: points on the path between
-# them, v: velocities, each (B, C, H, W); t: times (B,); y: class labels (B,).
+# Equation numbers are the paper's. Clean latents x, noise eps, points z on the path between them
+# and velocities v are (B, C, H, W); times t and class labels y are (B,).
 TARGETS = ("x", "eps", "v")
 LOSSES = ("v", "x")
 
 
-def path(x, eps, t):
+def interpolate(x, eps, t):
     """(1) The point z at time t on the straight line from noise (t = 0) to data (t = 1)."""
     t = t.view(-1, 1, 1, 1)
     return t * x + (1 - t) * eps
@@ -79,8 +73,8 @@ def true_output(x, eps, target):
 
 
 def velocity(out, z, t, target, t_eps=0.05):
-    """The network's output, read as a velocity (App. A). On the path
-    v = x - eps = (x - z) / (1 - t) = (z - eps) / t; the divisors are floored at t_eps."""
+    """The readout (App. A): what the network's output means as a velocity. On the path
+    v = x - eps = (x - z) / (1 - t) = (z - eps) / t; a divisor below t_eps becomes t_eps."""
     assert target in TARGETS, f"target {target!r} is none of {TARGETS}"
     t = t.view(-1, 1, 1, 1)
     if target == "x":
@@ -91,20 +85,19 @@ def velocity(out, z, t, target, t_eps=0.05):
 
 
 def flow_error(net, x, y, t, eps, target="x", t_eps=0.05, loss="v"):
-    """Squared error of the velocity, for each image: (B,). A pure function: times t, noise eps
-    and labels y (after label dropout) are given.
+    """The loss of each image: (B,). A pure function: times t, noise eps and labels y are given.
 
-    The error is measured on v whatever the target is, so all targets are trained for the same
-    thing. For x it is |x^ - x|^2 / max(1 - t, t_eps)^2: late times, where little noise is left,
-    count more. The true v passes the same floored readout as the prediction, so that a perfect
-    output has no error."""
+    loss="v", for every target: the squared error of the velocity. In terms of what the network puts
+    out it is |v^ - v|^2 for target v, and |x^ - x|^2 / max(1 - t, t_eps)^2 for target x.
+    loss="x", the paper's second: that times max(1 - t, t_eps)^2; for target x, |x^ - x|^2."""
     assert loss in LOSSES, f"loss {loss!r} is none of {LOSSES}"
-    z = path(x, eps, t)
+    z = interpolate(x, eps, t)
     v_hat = velocity(net(z, t, y), z, t, target, t_eps)
+    # The truth takes the same way: where 1 - t < t_eps, (x - z) / t_eps is not x - eps, and a
+    # perfect x^ would be charged with the difference.
     v = velocity(true_output(x, eps, target), z, t, target, t_eps)
     error = (v_hat - v).square()
     if loss == "x":
-        # The paper's second loss: this takes the weight back, which for x leaves |x^ - x|^2.
         error = error * (1 - t).view(-1, 1, 1, 1).clamp_min(t_eps) ** 2
     return error.mean((1, 2, 3))
 
@@ -119,29 +112,30 @@ def sample(
     net, y, noise, target="x", steps=50, cfg=2.9, interval=(0.1, 1.0), method="heun", t_eps=0.05
 ):
     """Follows dz/dt = v from noise (B, C, H, W) at t = 0 to latents at t = 1, for classes y (B,).
-    `cfg` is the guidance weight, on where low < t < high of `interval`; low = 0 includes t = 0."""
+
+    Guidance: the network has also learned to do without a class. What the class changes in the
+    velocity is multiplied by `cfg` while low < t < high (low = 0 includes t = 0). Earlier, amid
+    strong noise, it would cost variety and gain nothing (Kynkaanniemi et al. 2024, 2404.07724)."""
     assert method in ("heun", "euler"), f"method {method!r} is none of ('heun', 'euler')"
     low, high = interval
     no_class = torch.full_like(y, net.num_classes)
 
-    def network_velocity(z, t, y):
+    def network_velocity(z, t, classes):
         times = torch.full((len(z),), t, device=z.device, dtype=z.dtype)
-        # A network under autocast answers in bfloat16; the sum over steps is float32.
-        return velocity(net(z, times, y), z, times, target, t_eps).to(z.dtype)
+        # Under autocast the output is bfloat16; the sum over the steps is float32.
+        return velocity(net(z, times, classes), z, times, target, t_eps).to(z.dtype)
 
     def guided_velocity(z, t):
         v = network_velocity(z, t, y)
-        # Amid strong noise guidance costs variety and gains nothing (Kynkaanniemi et al. 2024,
-        # arXiv 2404.07724), so it starts a little later. Where it is off, the pass without a
-        # class is not computed.
         if cfg == 1 or t >= high or (t <= low and low > 0):
-            return v
+            return v  # at half the cost
         v_without = network_velocity(z, t, no_class)
         return v_without + cfg * (v - v_without)
 
     z = noise
     for i in range(steps):
-        # Python floats: in float32, 0.1 falls on either side of the interval's end.
+        # Python floats: 5 / 50 is exactly the 0.1 of the interval, so that step is outside of it;
+        # in float32 the number of steps would decide.
         t = i / steps
         t_next = (i + 1) / steps
 
@@ -197,12 +191,13 @@ class PatchEmbed(nn.Module):
 
     def forward(self, z):
         x = self.proj2(self.proj1(z)) if self.bottleneck else self.proj(z)  # (B, D, H/p, W/p)
-        # Contiguous once: transposed, it would make every norm of every block a strided pass.
+        # Contiguous once, here: a transposed stream would make every norm in every block a
+        # strided pass over memory.
         return x.flatten(2).transpose(1, 2).contiguous()
 
 
 class TimestepEmbedder(nn.Module):
-    """t (B,) in [0, 1] -> (B, D). The sinusoids are of t itself; DiT's are of 1000 t."""
+    """t (B,) in [0, 1] -> (B, D). The sinusoids are of t itself as in JiT; DiT's are of 1000 t."""
 
     def __init__(self, hidden_size):
         super().__init__()
@@ -265,9 +260,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads)
 
     def forward(self, x, cos, sin):
-        # Heads stay inside, as qkv lays them out, until attention is called: no copies.
+        # (B, N, heads, head_dim) each. Moving the heads forward here already would cost copies of
+        # q, k and of attention's output.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        # (B, N, heads, head_dim) each; q and k are float32 until they are turned.
+        # Given float32, the norms return it: q and k are rounded once, after they are turned.
         q = rotate(self.q_norm(q.float()), cos, sin, v.dtype).transpose(1, 2)
         k = rotate(self.k_norm(k.float()), cos, sin, v.dtype).transpose(1, 2)
         x = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))  # (B, heads, N, head_dim)
@@ -312,7 +308,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, D) -> (B, N, p*p*C)."""
+    """Tokens (B, N, D) -> (B, N, p*p*C), from an adaLN of its own."""
 
     def __init__(self, dim, out_dim):
         super().__init__()
@@ -390,8 +386,8 @@ class JLT(nn.Module):
 
 
 # =============================================================== configuration
-# What a name sets, beside the paper's values in Config; a flag of its own goes before it. H has
-# heads of 80 channels, the others of 64.
+# The settings that a model's name stands for, where they differ from Config's defaults. Heads
+# have 64 channels, but H's have 80.
 MODELS = {
     "B/1": {},
     "B/2": {"patch_size": 2},
@@ -423,15 +419,17 @@ class Config:
     """The paper's run of JLT-B/1 (section 4.1). Every field is a flag: sample_steps is
     --sample-steps. Made by configure(), which fills in what is left open by a 0 or ""."""
 
-    # What is learned. The law of t is the same for every target: most steps at t < 1/2, where it
-    # is still open what the picture will be. The floor keeps single steps from ruling the loss.
+    # What is learned. The law of t is the same for every target: mostly t < 1/2, where it is still
+    # open what the picture will be. The floor t_eps hardly acts in training, where t > 0.95 is
+    # rare, but in the last steps of sampling: of 50, they leave 1.7% of eps - x, for target x.
     target: str = setting("x", "x: the clean latent, eps: the noise, v: the velocity", TARGETS)
     loss: str = setting("v", "squared error of v, or of x (that times (1 - t)^2)", LOSSES)
     t_eps: float = setting(0.05, "floor of the divisors 1 - t and t, also in sampling")
     logit_t: tuple = setting((-0.8, 0.8), "t = sigmoid(n), n normal of this mean and deviation")
     label_drop: float = setting(0.1, "share of labels left out in training, for guidance")
 
-    # The model. B, L and H have 130, 458 and 951 million parameters.
+    # The model. B, L and H have 130, 458 and 951 million parameters. All are wider than a token's
+    # 128 channels.
     model: str = setting("B/1", "size/patch size; nano is for laptops", tuple(MODELS))
     depth: int = setting(12, "blocks")
     hidden_size: int = setting(768, "width of a token, in channels")
@@ -439,8 +437,9 @@ class Config:
     patch_size: int = setting(1, "side of a token, in latent positions")
     bottleneck: int = setting(0, "channels between latent and token; 0: none, as released")
 
-    # Optimisation. The batch is the setting; the micro-batch only says how it is accumulated, by
-    # what the memory holds. The average of the weights needs about 1 / (1 - ema) steps to form.
+    # Optimisation. A step adds up the gradients of batch / micro_batch passes, shared among GPUs:
+    # eight of them need a micro-batch of 128. Noise is drawn by pass, so a run keeps its
+    # micro-batch. The average of the weights needs about 1 / (1 - ema) steps to form.
     steps: int = setting(250_000, "200 epochs of ImageNet")
     batch: int = setting(1024, "images in a step, on however many GPUs")
     micro_batch: int = setting(0, "images at a time; 0: largest divisor of batch up to 256")
@@ -476,11 +475,9 @@ GROUPS = {
     "sample_steps": "sampling",
     "data": "files and machine",
 }
-# A run may be continued with another value of these: its weights stay what they would have been.
-FREE = {
-    *("steps", "sample_steps", "cfg", "interval", "vae", "out"),
-    *("log_every", "save_every", "sample_every", "workers", "device", "compile"),
-}
+# What may be given anew when a run is continued, since it does not say what is learned.
+FREE = {"steps", "sample_steps", "cfg", "interval", "vae", "out", "data"}
+FREE |= {"log_every", "save_every", "sample_every", "workers", "device", "compile"}
 
 
 def flag(name):
@@ -508,6 +505,7 @@ def check_config(config):
     need(lambda value: 0 <= value < 1, "ema", "from 0 to below 1")
     need(lambda value: 0 < value <= 1, "t_eps", "above 0, and 1 at most")
     need(math.isfinite, "cfg", "a number")
+    need(lambda value: math.isfinite(sum(value)), "logit_t", "two numbers")
     need(lambda value: value[1] >= 0, "logit_t", "a mean and a standard deviation")
     need(lambda value: 0 <= value[0] < value[1] <= 1, "interval", "low < high, from 0 to 1")
     need(lambda value: value < 2**63, "seed", "below 2^63")
@@ -557,8 +555,11 @@ def compiles(config, device):
 
 
 # =============================================================== data order and noise
-# Everything random is a function of (seed, step, micro-batch): a run is continued exactly with
-# nothing but the step's number, and does not depend on how many processes share the work.
+# Everything random is a function of (seed, step, micro-batch). So a checkpoint needs no state of a
+# random generator or a data loader: with weights, average, optimizer and step, a run goes on as if
+# it had never been interrupted. And whichever process computes a micro-batch, it is the same one:
+# another number of processes only adds the gradients in another order. (Another kind of device
+# draws other numbers.)
 ORDER, FLIPS, NOISE, SAMPLES = range(4)  # streams of random numbers
 
 
@@ -587,8 +588,8 @@ def picks(n, config, step, m):
 
 
 class MicroBatches(Sampler):
-    """The picks of every micro-batch of one process, from step `start` on: of micro-batches
-    0, 1, 2, ... process r of w takes r, r + w, r + 2w, ..."""
+    """Tells a DataLoader what to read: a list of (index, flip) for each micro-batch of one process,
+    from step `start` on. Process r of w takes micro-batches r, r + w, r + 2w, ..."""
 
     def __init__(self, n, config, start=0, rank=0, world=1):
         self.n = n
@@ -605,8 +606,8 @@ class MicroBatches(Sampler):
 
 
 class PickedLatents(Dataset):
-    """Latents (C, H, W), as precise as the file, and labels, for the (index, flip) pairs of
-    MicroBatches."""
+    """Item (index, flip), as MicroBatches asks for it: a latent (C, H, W), as precise as the file,
+    and its label."""
 
     def __init__(self, data):
         self.data = data
@@ -654,7 +655,7 @@ def draws(config, step, m, x, y, num_classes):
 
 @dataclass
 class Run:
-    """A training run: what it is about, and what changes from step to step."""
+    """A training run: its settings and data, and what changes from step to step."""
 
     config: Config
     data: encode.LatentDataset
@@ -714,11 +715,13 @@ def describe(data):
 
 # ------------------------------------------------------------- one step
 def learning_rate(config, step, images):
-    """Of step 1, 2, ... on a data set of so many images: a linear warm-up, then constant; with
-    `cooldown`, a linear fall to 0 at the end (the demo's; the paper has none)."""
+    """The rate of step 1, 2, ... where an epoch has so many images: it rises during the warm-up,
+    is constant, and with `cooldown` falls at the end (the demo's does; the paper's does not)."""
     warmup = max(1, round(config.warmup_epochs * images / config.batch))
-    left = config.steps + 1 - step
-    return config.lr * min(1, step / warmup, left / max(1, config.cooldown * config.steps))
+    cooldown = max(1, config.cooldown * config.steps)
+    rising = step / warmup
+    falling = (config.steps + 1 - step) / cooldown
+    return config.lr * min(1, rising, falling)
 
 
 def accumulate_gradients(run, error_of, batches, log):
@@ -744,13 +747,13 @@ def accumulate_gradients(run, error_of, batches, log):
 
 
 def sum_over_processes(tensor):
-    """In place; nothing to do for one process."""
+    """Makes of a process's share the sum of all, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
 
 
 def sum_gradients(net):
-    """Over the processes. All gradients in one vector: a single message is faster than hundreds."""
+    """Adds up the gradients of all processes, as one vector: one message instead of hundreds."""
     if dist.is_initialized():
         gradients = [p.grad for p in net.parameters()]
         flat = nn.utils.parameters_to_vector(gradients)
@@ -772,9 +775,11 @@ def update(net, ema, optimizer, decay):
 
 
 # ------------------------------------------------------------- what is saved
-def load_file(path):
+def load_checkpoint(path):
     """torch.load that runs no code from the file: argparse.Namespace is the one class it may name.
     Raises Stop for a damaged file."""
+    import zipfile
+
     advice = "damaged, or no checkpoint"
     with encode.reading(path, advice), torch.serialization.safe_globals([Namespace]):
         # torch itself does not look at the checksums.
@@ -797,7 +802,7 @@ def checkpoint_of(run):
     optimizer["state"] = {i: on_host(moments) for i, moments in optimizer["state"].items()}
     return {
         "config": asdict(run.config),
-        "data": run.data_id,
+        "latents": run.data_id,
         "classes": run.data.class_names,
         "grid": run.net.input_size,
         "step": run.step,
@@ -807,20 +812,25 @@ def checkpoint_of(run):
     }
 
 
+def refuse_changes(path, old, new):
+    """Raises Stop, naming what differs, unless `old` holds all that `new` does."""
+    other = [name for name in new if old.get(name) != new[name]]
+    changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in other)
+    require(not other, f"{path}: made with other settings: {changes}; give another --out")
+
+
 def resume(run):
     """Reads run.checkpoint into the run. Raises Stop, naming what differs, if it was made with
     other settings or from other data."""
-    state = load_file(run.checkpoint)
+    state = load_checkpoint(run.checkpoint)
     advice = "not a checkpoint of this program; give another --out"
     with encode.reading(run.checkpoint, advice):
-        old = state["config"] | {"data": state["data"]}
-        new = asdict(run.config) | {"data": run.data_id}
+        # The cache may have moved (config.data is its folder), but it must be the same.
+        old = state["config"] | {"latents": state["latents"]}
+        new = asdict(run.config) | {"latents": run.data_id}
         # With a cool-down, the rate depends on where the run ends.
         free = FREE - {"steps"} if run.config.cooldown else FREE
-        other = [name for name in new if name not in free and old.get(name) != new[name]]
-        changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in other)
-        line = f"{run.checkpoint}: made with other settings: {changes}; give another --out"
-        require(not other, line)
+        refuse_changes(run.checkpoint, old, {k: v for k, v in new.items() if k not in free})
         run.net.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
         run.optimizer.load_state_dict(state["optimizer"])
@@ -874,6 +884,8 @@ PEAK = {
 
 def forward_flops(net):
     """Floating-point operations of one image's forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     z = torch.empty(1, net.in_channels, net.input_size, net.input_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
         copy.deepcopy(net).to("meta")(z, torch.empty(1), torch.ones(1).long())
@@ -1078,7 +1090,7 @@ def introduce(run, world):
     """Makes the run's folder, writes run.json, and says what is going to happen."""
     config = run.config
     run.folder.mkdir(parents=True, exist_ok=True)
-    settings = asdict(config) | {"data": run.data_id, "torch": torch.__version__}
+    settings = asdict(config) | {"latents": run.data_id, "torch": torch.__version__}
     with replacing(run.folder / "run.json") as temporary:
         temporary.write_text(json.dumps(settings, indent=1))
     parameters = sum(p.numel() for p in run.net.parameters())
@@ -1174,7 +1186,7 @@ def export(folder):
     """--export: ema.safetensors of a run as far as it is; training writes it at the end."""
     checkpoint = folder / "ckpt.pt"
     require(checkpoint.exists(), f"{checkpoint}: no such file; --export takes a run folder")
-    write_ema(folder / "ema.safetensors", load_file(checkpoint))
+    write_ema(folder / "ema.safetensors", load_checkpoint(checkpoint))
     print(f"wrote {folder / 'ema.safetensors'}")
 
 
@@ -1247,7 +1259,7 @@ def load_network(path):
         there = (path / "ckpt.pt").exists()
         path = path / ("ckpt.pt" if there else "ema.safetensors")
     require(path.exists(), f"{path}: no such file; --sample takes a run folder or a checkpoint")
-    state = read_ema(path) if path.suffix == ".safetensors" else load_file(path)
+    state = read_ema(path) if path.suffix == ".safetensors" else load_checkpoint(path)
     with encode.reading(path, "holds no JLT"):
         trained = from_published(state) if "model_ema1" in state else from_ours(state)
     trained.path = path
@@ -1304,16 +1316,15 @@ def pictures(vae, latents):
 
 
 # What --sample takes beside its own flags; the rest is the checkpoint's.
-SAMPLE_FLAGS = {
-    *("out", "vae", "device", "precision", "compile", "micro_batch"),
-    *("sample_steps", "cfg", "interval", "seed", "t_eps"),
-}
+SAMPLE_FLAGS = {"sample_steps", "cfg", "interval", "seed", "t_eps", "micro_batch"}
+SAMPLE_FLAGS |= {"out", "vae", "device", "precision", "compile"}
 
 
 def sample_command(name, classes, n, labels, given):
     """--sample: one picture of each of `classes`, or n pictures of all classes in a folder."""
     line = "--sample: say what, --classes 207 360 ... or --n 50000"
     require((classes is None) != (n is None), line)
+    require(classes or not labels, "--labels goes with --classes")
     require(n is None or n > 0, f"--n {n}: must be positive")
     for other in sorted(set(given) - SAMPLE_FLAGS):
         raise Stop(f"{flag(other)}: has no use with --sample; the checkpoint decides it")
@@ -1343,6 +1354,8 @@ def sample_command(name, classes, n, labels, given):
 
 def class_number(word, trained):
     """ "207" or the name of a class -> its label. Raises Stop for others, naming near ones."""
+    import difflib
+
     names = trained.class_names
     last = trained.net.num_classes - 1
     if word.isdigit():
@@ -1458,9 +1471,7 @@ def open_sample_folder(folder, trained, config):
     if path.exists():
         with encode.reading(path, "damaged; give another --out"):
             old = json.loads(path.read_text())
-        other = [key for key in settings if old.get(key) != settings[key]]
-        changes = ", ".join(f"{key} {old.get(key)} (now {settings[key]})" for key in other)
-        require(not other, f"{folder}: made with other settings: {changes}; give another --out")
+        refuse_changes(folder, old, settings)
         return
     if folder.exists():
         require(folder.is_dir(), f"{folder}: is a file; --n writes a folder of images")
@@ -1520,7 +1531,7 @@ def directions_for(share, lam):
 
 
 def tokens(latents, patch_size):
-    """Latents (B, C, H, W) -> (B * N, p*p*C)."""
+    """Latents (B, C, H, W) -> (B * N, C*p*p), row by row."""
     patches = F.pixel_unshuffle(latents.float(), patch_size)
     return patches.movedim(1, -1).flatten(0, 2)
 
@@ -1645,7 +1656,9 @@ def geometry(folder, config):
 
 # =============================================================== the demo
 DEMO = {
-    "hidden_size": 64,  # below the token's 128
+    # Below the token's 128 channels: the network cannot hand on all of them. README's table says
+    # what happens in wider ones.
+    "hidden_size": 64,
     "depth": 3,
     "batch": 64,
     "steps": 1500,
@@ -1715,7 +1728,7 @@ class DigitScore:
         return [(space.mean(0), space.T.cov()) for space in (pixels, features)]
 
     def low_energy(self, latents):
-        """Variance in the 64 of 128 directions where the digits have least."""
+        """Variance in the 64 of 128 directions where the digits have least: the codec's last."""
         return tokens(latents, 1)[:, 64:].var(0).sum()
 
     def row(self, name, images, latents, loss=""):
@@ -1740,10 +1753,10 @@ def demo(given):
     same weights, data order and noise. Prints a table and draws a picture."""
     started = time.perf_counter()
     targets = [given["target"]] if "target" in given else ["x", "v"]
-    # Other settings, another folder; how long or where it runs is not one, but for the steps.
-    named = sorted(set(given) - (FREE - {"steps"}) - {"target"})
-    changed = "".join(f"-{name}-{given[name]}" for name in named)
-    out = Path(given.get("out", f"runs/demo{changed}"))
+    # Settings that are not the demo's own get a folder of their own.
+    changed = [name for name in sorted(given) if name == "steps" or name not in FREE | {"target"}]
+    folder = "-".join(["demo", *(f"{name}-{given[name]}" for name in changed)])
+    out = Path(given.get("out", "runs/" + folder.replace("/", "-").replace(" ", "")))
     config = configure(**DEMO | given)
     device = encode.pick_device(config.device)
     n = DEMO_IMAGES
@@ -1808,6 +1821,8 @@ def labelled_rows(rows):
 def bench(given):
     """--bench: how fast this machine trains, samples and decodes, through the program's own
     functions, on random latents; and what that means for the run that the flags describe."""
+    import tempfile
+
     config = configure(**given)
     device = encode.pick_device(config.device)
     small = config
@@ -1928,7 +1943,8 @@ def main():
     _, world = processes()
     if modes["sample"] is not None:
         return sample_command(modes["sample"], **samples, given=given)
-    require(not any(samples.values()), "--classes, --n and --labels go with --sample")
+    absent = samples == {"classes": None, "n": None, "labels": False}
+    require(absent, "--classes, --n and --labels go with --sample")
     if modes["export"] is not None:
         refuse(given, "--export")
         return export(Path(modes["export"]))

@@ -591,7 +591,7 @@ def test_meta_json_says_what_a_cache_holds(cache, vae):
         "20 images and their mirror images in 5 shards",
         "3 files skipped",
         "1 lie on their side by their EXIF data (--exif turns them)",
-        "1 images in no class folder left out (loose.png)",
+        "1 images in no class folder left out ('loose.png')",
     ],
 )
 def test_the_last_line_counts(cache, words):
@@ -1121,7 +1121,7 @@ def test_the_same_vae_may_lie_elsewhere(cache, cli, vae, tmp_path):
         ("few --bach 8", 2, "unrecognized arguments: --bach 8"),
         ("few --siz 64", 2, "unrecognized arguments: --siz 64"),
         ("few --device tpu", 2, "--device tpu: not on this machine, which has"),
-        ("few --vae {vae} --out file", 1, "file: File exists"),
+        ("few --vae {vae} --out file", 2, "file: is a file; give a folder"),
         ("few --vae nobody/no-such-vae", 2, "--vae nobody/no-such-vae: no AutoencoderKLFlux2"),
         ("few --vae few", 2, "--vae few: no AutoencoderKLFlux2 there; to fetch one: hf download"),
         ("few --vae trap.codec.safetensors", 2, "not a codec of drawn digits"),
@@ -2969,7 +2969,7 @@ def test_perfect_outputs_have_no_error(target, loss):
 @pytest.mark.parametrize("target", jlt.TARGETS)
 def test_perfect_outputs_read_as_the_velocity(target):
     t = torch.full((6,), 0.8, dtype=torch.float64)
-    z = jlt.path(LOSS_X, LOSS_EPS, t)
+    z = jlt.interpolate(LOSS_X, LOSS_EPS, t)
     torch.testing.assert_close(jlt.velocity(PERFECT[target], z, t, target), LOSS_X - LOSS_EPS)
 
 
@@ -4393,9 +4393,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(train, finished
 def test_run_json_holds_the_settings(finished, small_cache):
     settings = json.loads((finished / "run.json").read_text())
     expected = {"target": "x", "loss": "v", "steps": 2, "batch": 8, "num_heads": 1, "lr": 1e-3}
-    expected |= {"data": "24 latents 8x4x4 of 3 classes", "torch": torch.__version__}
+    expected |= {"latents": "24 latents 8x4x4 of 3 classes", "torch": torch.__version__}
     assert {field.name for field in dataclasses.fields(jlt.Config)} < settings.keys()
-    settings["data"] = settings["data"].split(" (digest")[0]
+    settings["latents"] = settings["latents"].split(" (digest")[0]
     assert expected.items() <= settings.items()
 
 
@@ -4918,9 +4918,9 @@ def save_encoded(folder, encoder, files="", shards=1):
         ("--precision bf16", "precision auto (now bf16)"),
         ("--cooldown 0.5", "cooldown 0.0 (now 0.5)"),
         ("--target v --seed 1", "target x (now v), seed 0 (now 1)"),
-        ("--data {base}/more", "data 24 latents 8x4x4 of 3 classes"),
+        ("--data {base}/more", "latents 24 latents 8x4x4 of 3 classes"),
         ("--data {base}/more", "(now 30 latents 8x4x4 of 3 classes"),
-        ("--data {base}/encoded", "data 24 latents 8x4x4 of 3 classes"),
+        ("--data {base}/encoded", "latents 24 latents 8x4x4 of 3 classes"),
     ],
 )
 def test_a_run_is_not_continued_with_other_settings(train, finished, tmp_path, change, words):
@@ -4938,7 +4938,7 @@ def test_a_run_is_not_continued_with_another_encoder_or_other_pictures(train, tm
     save_encoded(tmp_path / "first", **settings)
     save_encoded(tmp_path / "second", **settings | {key: "b"})
     assert train("--data", tmp_path / "first")[0] == 0
-    refused(train("--data", tmp_path / "second"), "made with other settings: data", "digest")
+    refused(train("--data", tmp_path / "second"), "made with other settings: latents", "digest")
 
 
 def test_with_a_cool_down_the_number_of_steps_is_a_setting(train):

@@ -5203,3 +5203,14 @@ def test_a_damaged_checkpoint_is_read_right_or_refused(
             assert out.read_bytes() == expected[path]
             out.unlink()
     assert refusals > number / 3
+
+
+# =============================================================== the README
+def test_the_readmes_method_is_that_of_the_file():
+    text = (HERE / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    source = (HERE / "jlt.py").read_text()
+    lines = [line.strip() for block in blocks[:3] for line in block.splitlines()]
+    assert len(lines) == 8
+    for line in lines:
+        assert line in source

@@ -153,8 +153,13 @@ def sample(
 
 
 # =============================================================== the network
-# The transformer of JiT (arXiv 2511.13720) with the module names of DiT, so that the published
-# weights load by name. N: tokens, D: width.
+# The transformer of JiT (arXiv 2511.13720) with the module names of DiT (Peebles & Xie 2022), so
+# that the published weights load by name. A latent (B, C, H, W) is cut into N tokens of D
+# channels; blocks of attention and MLP work on them; time and class act on every block through
+# scale, shift and gate (adaLN); the last layer makes of each token its piece of the output.
+#
+# Under autocast, matrix products and the stream of tokens are bfloat16, the weights float32.
+# Shapes at the end of a line are those of what the line computes.
 
 
 class RMSNorm(nn.Module):
@@ -355,6 +360,8 @@ class JLT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self):
+        """DiT's rules: Xavier for all Linears, small normals for the embeddings, zeros where a
+        block or the output is to start as nothing."""
         # A patch convolution is a Linear of its pixels.
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -386,6 +393,10 @@ class JLT(nn.Module):
 
 
 # =============================================================== configuration
+# One dataclass holds every setting of a run; its fields are the flags of the command line. The
+# defaults are the paper's run of JLT-B/1 on ImageNet: 250,000 steps of 1,024 images. A checkpoint
+# carries its settings, and a run is only continued with the same ones.
+
 # The settings that a model's name stands for, where they differ from Config's defaults. Heads
 # have 64 channels, but H's have 80.
 MODELS = {
@@ -488,37 +499,35 @@ def flag(name):
 def check_config(config):
     """Raises Stop, in one line that names the flag, for values that mean nothing."""
 
-    def need(condition, name, rule):
-        value = getattr(config, name)
-        require(condition(value), f"{flag(name)} {value}: must be {rule}")
+    def need(good, name, rule):
+        require(good, f"{flag(name)} {getattr(config, name)}: must be {rule}")
 
-    for name in ("depth", "hidden_size", "patch_size", "steps", "batch", "sample_steps"):
-        need(lambda value: value > 0, name, "positive")
-    need(lambda value: value > 0, "log_every", "positive")
-    for name in ("num_heads", "bottleneck", "micro_batch", "seed", "save_every", "sample_every"):
-        need(lambda value: value >= 0, name, "0 or more")
-    need(lambda value: value >= 0, "workers", "0 or more")
+    positive = ("depth", "hidden_size", "patch_size", "steps", "batch", "sample_steps", "log_every")
+    for name in positive:
+        need(getattr(config, name) > 0, name, "positive")
+    for name in ("num_heads", "bottleneck", "micro_batch", "save_every", "sample_every", "workers"):
+        need(getattr(config, name) >= 0, name, "0 or more")
     for name in ("lr", "warmup_epochs"):
-        need(lambda value: 0 <= value < 1e15, name, "a number, 0 or more")
+        need(0 <= getattr(config, name) < 1e15, name, "a number, 0 or more")
     for name in ("cooldown", "label_drop"):
-        need(lambda value: 0 <= value <= 1, name, "from 0 to 1")
-    need(lambda value: 0 <= value < 1, "ema", "from 0 to below 1")
-    need(lambda value: 0 < value <= 1, "t_eps", "above 0, and 1 at most")
-    need(math.isfinite, "cfg", "a number")
-    need(lambda value: math.isfinite(sum(value)), "logit_t", "two numbers")
-    need(lambda value: value[1] >= 0, "logit_t", "a mean and a standard deviation")
-    need(lambda value: 0 <= value[0] < value[1] <= 1, "interval", "low < high, from 0 to 1")
-    need(lambda value: value < 2**63, "seed", "below 2^63")
+        need(0 <= getattr(config, name) <= 1, name, "from 0 to 1")
+    need(0 <= config.seed < 2**63, "seed", "0 or more, and below 2^63")
+    need(0 <= config.ema < 1, "ema", "from 0 to below 1")
+    need(0 < config.t_eps <= 1, "t_eps", "above 0, and 1 at most")
+    need(math.isfinite(config.cfg), "cfg", "a number")
+    mean, std = config.logit_t
+    good = math.isfinite(mean) and 0 <= std < math.inf
+    need(good, "logit_t", "a mean and a standard deviation")
+    low, high = config.interval
+    need(0 <= low < high <= 1, "interval", "low < high, from 0 to 1")
 
-    heads = config.num_heads
-    if heads:
-        rule = f"a multiple of 4 for each of {heads} heads"
-        need(lambda value: value % (4 * heads) == 0, "hidden_size", rule)
-    else:
-        need(lambda value: value % 4 == 0, "hidden_size", "a multiple of 4")
+    # RoPE turns pairs of channels, half of them by row and half by column.
+    heads = max(1, config.num_heads)
+    rule = f"a multiple of 4 for each of {heads} heads" if config.num_heads else "a multiple of 4"
+    need(config.hidden_size % (4 * heads) == 0, "hidden_size", rule)
     if config.micro_batch:
-        rule = f"a divisor of --batch {config.batch}"
-        need(lambda value: config.batch % value == 0, "micro_batch", rule)
+        fits = config.batch % config.micro_batch == 0
+        need(fits, "micro_batch", f"a divisor of --batch {config.batch}")
 
 
 def configure(**given):
@@ -650,7 +659,12 @@ def draws(config, step, m, x, y, num_classes):
 
 
 # =============================================================== training
-# From the inside out: one step, what is saved, what is printed, and the loop last.
+# From the inside out: one step, what is saved, what is printed, and the loop last (train).
+#
+# A step adds up the gradients of some micro-batches. Under torchrun each process takes its share
+# of them, and the sum over the processes is what one process would have added up, so that all
+# make the same update from the same weights. On the GPU nothing is waited for but where a line is
+# printed: losses and norms stay there as tensors until then.
 
 
 @dataclass
@@ -666,6 +680,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     step: int = 0  # finished steps
 
+    # The folder holds ckpt.pt, ema.safetensors, log.jsonl, run.json and pictures.
     @property
     def folder(self):
         return Path(self.config.out)
@@ -849,12 +864,14 @@ class Saver:
         self.last = time.monotonic()
 
     def due(self):
+        """Whether this process would save now."""
         steps = self.run.config.save_every
         if steps:
             return self.run.step % steps == 0
         return time.monotonic() - self.last > self.EVERY
 
     def save(self):
+        """Copies the run and has it written; waits only if the last one is not written yet."""
         self.wait()
         self.last = time.monotonic()
         rank, _ = processes()
@@ -934,10 +951,12 @@ class Log:
         self.started = time.perf_counter()
 
     def add_by_time(self, t, errors):
+        """Adds errors (B,) of images at times t (B,) to the bins of their times."""
         bins = (self.BINS * t).long().clamp(max=self.BINS - 1)
         self.by_time.index_add_(1, bins, torch.stack([errors, torch.ones_like(errors)]))
 
     def add(self, loss, norm):
+        """Takes note of a step; of the loss, this process's share."""
         self.losses.append(loss)
         self.norms.append(norm)
 
@@ -980,6 +999,7 @@ class Log:
             file.write(json.dumps(row) + "\n")
 
     def check_finite(self, losses, norms):
+        """Raises Stop, naming the first bad step: no checkpoint is written after it."""
         bad = ~(losses.isfinite() & norms.isfinite())
         if bad.any():
             step = self.run.step - len(losses) + 1 + int(bad.int().argmax())
@@ -988,6 +1008,7 @@ class Log:
             raise Stop(f"{line}; {advice}", 1)
 
     def show(self, row):
+        """Prints the row, and every tenth time the loss by t, where x and v differ."""
         steps = self.run.config.steps
         parts = [
             f"step {row['step']:,}/{steps:,} {row['step'] / steps:.1%}",
@@ -1106,7 +1127,9 @@ def introduce(run, world):
 
 
 def train(config):
-    """Trains config.target on config.data, or continues the run in config.out. -> its folder."""
+    """Trains config.target on config.data, or continues the run in config.out. -> its folder.
+    Raises Stop for a cache or a checkpoint that does not fit, a loss that is not finite, and after
+    a signal."""
     run = begin(config)
     config = run.config
     decoder = load_decoder(run)
@@ -1147,7 +1170,8 @@ def train(config):
 
 
 def finish(run, stopped):
-    """After the last step, or after a signal."""
+    """After the last step: writes ema.safetensors. After a signal: raises Stop, with the exit
+    status that a shell expects of an interrupted program."""
     rank, _ = processes()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -1161,6 +1185,12 @@ def finish(run, stopped):
 
 
 # =============================================================== sampling from checkpoints
+# Three kinds of file sample: a run's ckpt.pt, which also holds what training needs to go on; its
+# ema.safetensors, a quarter of the size, to give away; and the checkpoint that the paper's authors
+# published. All are read without running code from them. What comes out is one picture of chosen
+# classes, or a folder of numbered pictures that any program for FID reads.
+
+
 @dataclass
 class Trained:
     """A network to sample from, and what its checkpoint says of it."""
@@ -1218,6 +1248,7 @@ def network_of(weights, input_size):
 
 
 def from_ours(state):
+    """-> Trained, from our ckpt.pt or ema.safetensors: the average of the weights."""
     config = state["config"]
     return Trained(
         net=network_of(state["ema"], state["grid"]),
@@ -1413,6 +1444,7 @@ def caption(text, width):
 
 
 def describe_sampling(config):
+    """For the last line: what has to be said beside any FID."""
     return (
         f"{config.target}-prediction, {config.sample_steps} Heun steps, "
         f"guidance {config.cfg:g} on {config.interval}, seed {config.seed}"
@@ -1483,8 +1515,19 @@ def open_sample_folder(folder, trained, config):
 
 
 # =============================================================== why x
-# Section 3.2, App. B and D of the paper: data is Gaussian, x ~ N(0, diag(lam)), one number a
-# direction. All targets have the same best answer; they differ in what must come out.
+# Section 3.2, App. B and D of the paper. Suppose that tokens are Gaussian, x ~ N(0, diag(lam)), of
+# variance lam in each direction. Then z has the variance D = t^2 lam + (1 - t)^2, and everything is
+# known in closed form:
+#
+#     E[x|z] = t lam z / D                  Var(x|z)   = lam (1 - t)^2 / D
+#     E[v|z] = (t lam - (1 - t)) z / D      Var(v|z)   = lam / D
+#                                           Var(eps|z) = t^2 lam / D
+#
+# The variances left over (the risks) are the least squared errors that any network can reach. By
+# the readout they are the same thing for all targets: Var(v|z) = Var(x|z) / (1 - t)^2. But what has
+# to come out is not. Where lam is small, E[x|z] is about 0; E[v|z] is about -z / (1 - t), which is
+# as large as the noise. Among the targets themselves: x has the covariance of the data, v that plus
+# 1 in every direction, so that its spectrum has a floor.
 
 
 def gaussian_risk(lam, t):
@@ -1567,7 +1610,7 @@ def chart(title, x_label, curves):
     high = math.ceil(math.log10(max(y for _, y in points)))
 
     def place(x, y):
-        """In pixels; what lies below the axis stays on it."""
+        """A point of a curve -> its pixel; what lies below the axis stays on it."""
         exponent = max(low, math.log10(max(y, 1e-30)))
         across = (x - left) / (right - left)
         up = (exponent - low) / max(1, high - low)
@@ -1655,6 +1698,10 @@ def geometry(folder, config):
 
 
 # =============================================================== the demo
+# The whole of this file on a toy: 10,000 drawn digits of 32 x 32 pixels, each 2 x 2 tokens of 128
+# numbers by a linear codec (encode.py draws and encodes them). Two networks are trained, one for x
+# and one for v, alike in everything else; both draw digits from the same noise; and their digits
+# are compared with real ones, by FID in miniature.
 DEMO = {
     # Below the token's 128 channels: the network cannot hand on all of them. README's table says
     # what happens in wider ones.
@@ -1682,6 +1729,7 @@ def digit_judge(images, labels, steps=250):
     -> images (B, 3, 32, 32) in [-1, 1] -> logits (B, 10)."""
 
     def conv(c_in, c_out):
+        """A convolution that halves the size, batch norm, ReLU."""
         layer = nn.Conv2d(c_in, c_out, 3, stride=2, bias=False)
         return [layer, nn.BatchNorm2d(c_out, eps=1e-3), nn.ReLU()]
 
@@ -1895,6 +1943,7 @@ METAVARS = {
 }
 
 
+# The flags are made from Config's fields: a setting is written down once.
 def make_flags():
     """-> ArgumentParser: what to do, then a flag for every field of Config."""
     parser = encode.make_parser(__doc__)
@@ -1933,39 +1982,43 @@ def refuse(flags, mode):
         raise Stop(f"{flag(name)}: has no use with {mode}")
 
 
-def main():
+def read_flags():
+    """-> what to do, what --sample was given beside, and the settings of Config that were given."""
     given = vars(make_flags().parse_args())
-    for name in ("logit_t", "interval"):
-        if name in given:
-            given[name] = tuple(given[name])
+    for name in given.keys() & {"logit_t", "interval"}:
+        given[name] = tuple(given[name])
     modes = {name: given.pop(name) for name in ("demo", "sample", "export", "geometry", "bench")}
     samples = {name: given.pop(name) for name in ("classes", "n", "labels")}
-    _, world = processes()
+    return modes, samples, given
+
+
+def main():
+    modes, samples, given = read_flags()
     if modes["sample"] is not None:
         return sample_command(modes["sample"], **samples, given=given)
     absent = samples == {"classes": None, "n": None, "labels": False}
     require(absent, "--classes, --n and --labels go with --sample")
-    if modes["export"] is not None:
-        refuse(given, "--export")
-        return export(Path(modes["export"]))
-    alone = modes["demo"] or modes["bench"] or modes["geometry"] is not None
-    require(world == 1 or not alone, "--demo, --geometry and --bench are for one process")
+    if not any(mode not in (None, False) for mode in modes.values()):
+        return train(configure(**given))
+
+    _, world = processes()
+    require(world == 1, "--demo, --geometry, --export and --bench are for one process")
     if modes["demo"]:
         refuse(given.keys() & {"data", "vae"}, "--demo")
         return demo(given)
     if modes["bench"]:
         refuse(given.keys() & {"data", "out"}, "--bench")
         return bench(given)
-    if modes["geometry"] is not None:
-        refuse(given.keys() - {"model", "patch_size", "out"}, "--geometry")
-        if "out" in given:
-            encode.require_new(given["out"])
-        folder = modes["geometry"]
-        if not folder:
-            folder = DEMO["data"]
-            encode.cache_digits(folder)
-        return geometry(folder, configure(**{"out": "geometry.png"} | given))
-    return train(configure(**given))
+    if modes["export"] is not None:
+        refuse(given, "--export")
+        return export(Path(modes["export"]))
+    refuse(given.keys() - {"model", "patch_size", "out"}, "--geometry")
+    if "out" in given:
+        encode.require_new(given["out"])
+    folder = modes["geometry"] or DEMO["data"]
+    if not modes["geometry"]:
+        encode.cache_digits(folder)
+    return geometry(folder, configure(**{"out": "geometry.png"} | given))
 
 
 if __name__ == "__main__":

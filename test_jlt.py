@@ -3361,7 +3361,7 @@ def test_help_says_the_defaults(cli):
         ("--workers -1", "--workers -1: must be 0 or more"),
         ("--bottleneck -1", "--bottleneck -1: must be 0 or more"),
         ("--seed -1", "--seed -1: must be 0 or more"),
-        ("--seed 99999999999999999999999", "must be below 2^63"),
+        ("--seed 99999999999999999999999", "must be 0 or more, and below 2^63"),
         ("--lr -1", "--lr -1.0: must be a number, 0 or more"),
         ("--lr inf", "--lr inf: must be a number"),
         ("--lr nan", "--lr nan: must be a number"),
@@ -4253,8 +4253,10 @@ def test_a_signal_finishes_the_step_and_saves(train, tmp_path, number):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_the_reading_processes_too(train, small_cache, tmp_path, number):
     run = tmp_path / "run"
-    flags = ["--lr", 1e-3, "--ema", 0.9, "--data", small_cache, "--out", run]
-    process = start("jlt.py", *TINY, *flags, "--workers", 2, "--log-every", 1, "--steps", 4000)
+    # More micro-batches to a step than are read ahead.
+    flags = ["--micro-batch", 1, "--workers", 2]
+    where = ["--lr", 1e-3, "--ema", 0.9, "--data", small_cache, "--out", run]
+    process = start("jlt.py", *TINY, *flags, *where, "--log-every", 1, "--steps", 4000)
     wait_for_step(process, 3)
     # As a terminal does with Ctrl-C, and a batch system with SIGTERM.
     os.killpg(process.pid, number)
@@ -4262,8 +4264,8 @@ def test_signals_reach_the_reading_processes_too(train, small_cache, tmp_path, n
     saved = parts_of(run)["step"]
     refused((process.returncode, out, err), f"saved at step {saved}", status=130)
 
-    assert train("--workers", 2, "--steps", saved + 2)[0] == 0
-    assert train("--workers", 0, "--steps", saved + 2, out="whole")[0] == 0
+    assert train(*flags, "--steps", saved + 2)[0] == 0
+    assert train("--micro-batch", 1, "--steps", saved + 2, out="whole")[0] == 0
     assert_same(run, tmp_path / "whole")
 
 

@@ -629,6 +629,10 @@ def finish_cache(folder, photos, settings):
         f"{len(skipped)} files skipped; channel means {mean.min():.2f} to {mean.max():.2f}, "
         f"deviations {std.min():.2f} to {std.max():.2f} (FLUX.2's: about 0 and 1)"
     )
+    without = set(range(len(photos.classes))) - set(data.labels.tolist())
+    if without:
+        names = ", ".join(f"{photos.classes[label]!a}" for label in sorted(without)[:3])
+        line += f"; {len(without)} classes without an image ({names})"
     if sideways and settings["exif"]:
         line += f"; {sideways} turned upright"
     elif sideways:

@@ -1303,6 +1303,7 @@ def find_checkpoint(name):
     if Path(name).exists():
         return Path(name)
     local = f"{name}: no such file or run folder"
+    require(not Path(name).parent.is_dir() or "/" not in name, local)
     require(name.count("/") == 1, f"{local}, and no repository's name (owner/name) either")
     from huggingface_hub import hf_hub_download, logging
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -1353,9 +1354,9 @@ SAMPLE_FLAGS |= {"out", "vae", "device", "precision", "compile"}
 
 def sample_command(name, classes, n, labels, given):
     """--sample: one picture of each of `classes`, or n pictures of all classes in a folder."""
-    line = "--sample: say what, --classes 207 360 ... or --n 50000"
-    require((classes is None) != (n is None), line)
     require(classes or not labels, "--labels goes with --classes")
+    require(classes or n is not None, "--sample: say what, --classes 207 360 ... or --n 50000")
+    require(classes is None or n is None, "--classes and --n: give one of the two")
     require(n is None or n > 0, f"--n {n}: must be positive")
     for other in sorted(set(given) - SAMPLE_FLAGS):
         raise Stop(f"{flag(other)}: has no use with --sample; the checkpoint decides it")
@@ -1416,11 +1417,11 @@ def prepare(trained, count, config, device):
 def sample_classes(trained, numbers, out, labels, config, device):
     """One PNG, a picture for each class number, about as many rows as columns; `labels` asks for
     a line of class names under each row."""
-    require(out.suffix == ".png", f"--out {out}: needs the ending .png with --classes")
-    encode.require_new(out)
     rank, _ = processes()
     if rank:
         return
+    require(out.suffix == ".png", f"--out {out}: needs the ending .png with --classes")
+    encode.require_new(out)
     net, vae = prepare(trained, len(numbers), config, device)
     images = []
     for part in torch.arange(len(numbers)).split(config.micro_batch):

@@ -5092,7 +5092,7 @@ def test_a_name_of_nothing_is_refused(cli, tmp_path, monkeypatch, name, words):
         ("--classes 1 --out {run}/no/out.png", "there is no folder"),
         ("--n 0", "--n 0: must be positive"),
         ("--n many", "--n: invalid int value: 'many'"),
-        ("--n 3 --classes 1", "say what, --classes 207 360 ... or --n 50000"),
+        ("--n 3 --classes 1", "--classes and --n: give one of the two"),
         ("", "say what, --classes 207 360 ... or --n 50000"),
         ("--n 3 --target v", "--target: has no use with --sample; the checkpoint decides it"),
         ("--n 3 --depth 2", "--depth: has no use with --sample; the checkpoint decides it"),
@@ -5178,24 +5178,23 @@ def test_a_damaged_checkpoint_is_read_right_or_refused(
     flags = ["--sample-steps", 1, "--vae", decoder, "--device", "cpu", "--classes", 1]
     out = tmp_path / "out.png"
     expected = {}
-    for path in (trained / "ckpt.pt", trained / "ema.safetensors", released):
+    for path in (trained / "ckpt.pt", released):
         assert cli(jlt, "--sample", path, *flags, "--out", out)[0] == 0
         expected[path] = out.read_bytes()
         out.unlink()
     refusals = 0
     for i in range(number):
-        # safetensors has no checksum of its data, so of it only the header is damaged.
-        path = list(expected)[i % 3]
+        # Not of ema.safetensors, a format without checksums.
+        path = list(expected)[i % 2]
         good = path.read_bytes()
-        limit = 3000 if path.suffix == ".safetensors" else len(good)
-        a, b = sorted(random.integers(0, min(limit, 10 ** random.integers(1, 8)), 2))
+        a, b = sorted(random.integers(0, min(len(good), 10 ** random.integers(1, 8)), 2))
         kinds = [
             good[:a] + bytes([good[a] ^ 1 << random.integers(8)]) + good[a + 1 :],
             good[:a] + good[b + 1 :],
             good[:b] + good[a:],
             good[:a] + bytes(b - a) + good[b:],
         ]
-        bad = tmp_path / f"bad{path.suffix}"
+        bad = tmp_path / "bad.pt"
         bad.write_bytes(kinds[random.integers(4)])
         result = cli(jlt, "--sample", bad, *flags, "--out", out)
         if result[0]:

@@ -3389,7 +3389,7 @@ def test_help_says_the_defaults(cli):
         ("--classes 3", "--classes, --n and --labels go with --sample"),
         ("--demo --n 3", "--classes, --n and --labels go with --sample"),
         ("--sample x", "--classes 207 360 ... or --n 50000"),
-        ("--sample x --n 3 --classes 1", "--classes 207 360 ... or --n 50000"),
+        ("--sample x --n 3 --classes 1", "--classes and --n: give one of the two"),
         ("--sample x --n 0", "--n 0: must be positive"),
         ("--sample x --n 3 --lr 1", "--lr: has no use with --sample"),
         ("--export x --lr 1", "--lr: has no use with --export"),

@@ -632,7 +632,7 @@ def finish_cache(folder, photos, settings):
     without = set(range(len(photos.classes))) - set(data.labels.tolist())
     if without:
         names = ", ".join(f"{photos.classes[label]!a}" for label in sorted(without)[:3])
-        line += f"; {len(without)} classes without an image ({names})"
+        line += f"; no image in {len(without)} of the classes ({names})"
     if sideways and settings["exif"]:
         line += f"; {sideways} turned upright"
     elif sideways:

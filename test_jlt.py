@@ -590,6 +590,7 @@ def test_meta_json_says_what_a_cache_holds(cache, vae):
     [
         "20 images and their mirror images in 5 shards",
         "3 files skipped",
+        "no image in 1 of the classes ('c_empty')",
         "1 lie on their side by their EXIF data (--exif turns them)",
         "1 images in no class folder left out ('loose.png')",
     ],

@@ -126,6 +126,13 @@ def require_new(path):
     require(writable, f"{path}: no permission to write in the folder {path.parent}")
 
 
+def refuse_changes(path, old, new):
+    """Raises Stop, naming what differs, unless `old` holds all that `new` does."""
+    other = [name for name in new if old.get(name) != new[name]]
+    changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in other)
+    require(not other, f"{path}: made with other settings: {changes}; give another --out")
+
+
 def make_parser(description):
     """An ArgumentParser whose complaints are one line, like all others."""
     parser = argparse.ArgumentParser(
@@ -530,13 +537,11 @@ def cache_settings(vae, photos, args):
 
 def check_finished_shards(folder, settings):
     """-> paths of the shards that are there. Raises Stop if one is not of these settings."""
+    # The same weights may lie elsewhere.
+    needed = {key: value for key, value in settings.items() if key != "vae"}
     paths = sorted(folder.glob("latents_*.safetensors"))
     for path in paths:
-        was = open_shard(path).settings
-        # The same weights may lie elsewhere.
-        other = [key for key in settings if key != "vae" and was.get(key) != settings[key]]
-        changes = ", ".join(f"{key} {was.get(key)} (now {settings[key]})" for key in other)
-        require(not other, f"{path}: of another cache: {changes}; give another --out")
+        refuse_changes(path, open_shard(path).settings, needed)
     return paths
 
 

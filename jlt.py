@@ -827,13 +827,6 @@ def checkpoint_of(run):
     }
 
 
-def refuse_changes(path, old, new):
-    """Raises Stop, naming what differs, unless `old` holds all that `new` does."""
-    other = [name for name in new if old.get(name) != new[name]]
-    changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in other)
-    require(not other, f"{path}: made with other settings: {changes}; give another --out")
-
-
 def resume(run):
     """Reads run.checkpoint into the run. Raises Stop, naming what differs, if it was made with
     other settings or from other data."""
@@ -845,7 +838,7 @@ def resume(run):
         new = asdict(run.config) | {"latents": run.data_id}
         # With a cool-down, the rate depends on where the run ends.
         free = FREE - {"steps"} if run.config.cooldown else FREE
-        refuse_changes(run.checkpoint, old, {k: v for k, v in new.items() if k not in free})
+        encode.refuse_changes(run.checkpoint, old, {k: v for k, v in new.items() if k not in free})
         run.net.load_state_dict(state["model"])
         run.ema.load_state_dict(state["ema"])
         run.optimizer.load_state_dict(state["optimizer"])
@@ -1352,35 +1345,42 @@ SAMPLE_FLAGS = {"sample_steps", "cfg", "interval", "seed", "t_eps", "micro_batch
 SAMPLE_FLAGS |= {"out", "vae", "device", "precision", "compile"}
 
 
-def sample_command(name, classes, n, labels, given):
-    """--sample: one picture of each of `classes`, or n pictures of all classes in a folder."""
+def check_sample_flags(classes, n, labels, given):
+    """Raises Stop where --sample was not told what to make, or was told what it does not decide."""
     require(classes or not labels, "--labels goes with --classes")
     require(classes or n is not None, "--sample: say what, --classes 207 360 ... or --n 50000")
     require(classes is None or n is None, "--classes and --n: give one of the two")
     require(n is None or n > 0, f"--n {n}: must be positive")
-    for other in sorted(set(given) - SAMPLE_FLAGS):
-        raise Stop(f"{flag(other)}: has no use with --sample; the checkpoint decides it")
+    for name in sorted(set(given) - SAMPLE_FLAGS):
+        raise Stop(f"{flag(name)}: has no use with --sample; the checkpoint decides it")
+
+
+def fill_in(config, trained, given):
+    """-> config with what the checkpoint says, but for what was given."""
+    known = {"target": trained.target, "t_eps": trained.t_eps, "vae": trained.vae}
+    return replace(config, **{name: known[name] for name in known if name not in given})
+
+
+def sample_command(name, classes, n, labels, given):
+    """--sample: one picture of each of `classes`, or n pictures of all classes in a folder. Without
+    --out the name says what made them: beside a run's checkpoint, or in the current folder."""
+    check_sample_flags(classes, n, labels, given)
     # Here a micro-batch is no part of a batch.
     config = configure(batch=given.get("micro_batch") or 256, **given)
     device = encode.pick_device(config.device)
     path = find_checkpoint(name)
     trained = load_network(path)
-    config = replace(config, target=trained.target)
-    if "t_eps" not in given:
-        config = replace(config, t_eps=trained.t_eps)
-    if "vae" not in given:
-        config = replace(config, vae=trained.vae)
+    config = fill_in(config, trained, given)
     made_by = f"cfg{config.cfg:g}_steps{config.sample_steps}_seed{config.seed}"
-    # Of a run, beside its checkpoint; of a foreign file, in the current folder.
     home = path if path.is_dir() else path.parent
     home = home if (home / "run.json").exists() else Path()
     if classes is None:
-        out = Path(config.out) if "out" in given else home / f"n{n}_{made_by}"
+        out = Path(given.get("out", home / f"n{n}_{made_by}"))
         sample_folder(trained, n, out, config, device)
     else:
         numbers = [class_number(word, trained) for word in classes]
         which = "_".join(map(str, numbers[:8]))
-        out = Path(config.out) if "out" in given else home / f"classes_{which}_{made_by}.png"
+        out = Path(given.get("out", home / f"classes_{which}_{made_by}.png"))
         sample_classes(trained, numbers, out, labels, config, device)
 
 
@@ -1504,7 +1504,7 @@ def open_sample_folder(folder, trained, config):
     if path.exists():
         with encode.reading(path, "damaged; give another --out"):
             old = json.loads(path.read_text())
-        refuse_changes(folder, old, settings)
+        encode.refuse_changes(folder, old, settings)
         return
     if folder.exists():
         require(folder.is_dir(), f"{folder}: is a file; --n writes a folder of images")

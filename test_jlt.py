@@ -1075,27 +1075,27 @@ def test_a_shard_that_became_shorter_is_noticed(tmp_path):
         ("--size 48", "size 32 (now 48)"),
         ("--shard 7", "shard 5 (now 7)"),
         ("--exif", "exif False (now True)"),
-        ("--vae {other_vae}", "of another cache: encoder"),
+        ("--vae {other_vae}", "made with other settings: encoder"),
     ],
 )
 def test_a_cache_of_other_settings_is_refused(cache, cli, other_vae, change, words):
     before = files_of(cache.folder)
     change = change.format(other_vae=other_vae).split()
     result = cli(encode, *cache.arguments, "--out", cache.folder, *change)
-    refused(result, cache.folder, "of another cache", words, "give another --out")
+    refused(result, cache.folder, "made with other settings", words, "give another --out")
     assert files_of(cache.folder) == before
 
 
 def test_a_cache_of_other_pictures_is_refused(cache, cli, few_photos):
     before = files_of(cache.folder)
     result = cli(encode, few_photos, *cache.arguments[1:], "--out", cache.folder)
-    refused(result, cache.folder, "of another cache", "files")
+    refused(result, cache.folder, "made with other settings", "files")
     assert files_of(cache.folder) == before
 
 
 def test_the_cache_of_another_program_is_refused(cache, cli, tmp_path):
     before = files_of(write_cache(tmp_path))
-    refused(cli(encode, *cache.arguments, "--out", tmp_path), tmp_path, "of another cache")
+    refused(cli(encode, *cache.arguments, "--out", tmp_path), tmp_path, "made with other settings")
     assert files_of(tmp_path) == before
 
 

@@ -134,11 +134,9 @@ def sample(
 
     z = noise
     for i in range(steps):
-        # Python floats: 5 / 50 is exactly the 0.1 of the interval, so that step is outside of it;
-        # in float32 the number of steps would decide.
+        # Python floats: 5 / 50 is exactly the interval's 0.1, hence outside; float32 need not be.
         t = i / steps
         t_next = (i + 1) / steps
-
         # Euler step: go on with the velocity here.
         v = guided_velocity(z, t)
         z_next = z + (t_next - t) * v
@@ -434,9 +432,11 @@ class Config:
     # open what the picture will be. The floor t_eps hardly acts in training, where t > 0.95 is
     # rare, but in the last steps of sampling: of 50, they leave 1.7% of eps - x, for target x.
     target: str = setting("x", "x: the clean latent, eps: the noise, v: the velocity", TARGETS)
+    # v is the paper's; its revision found x to be better at B/1 (FID 2.38 against 2.84).
     loss: str = setting("v", "squared error of v, or of x (that times (1 - t)^2)", LOSSES)
     t_eps: float = setting(0.05, "floor of the divisors 1 - t and t, also in sampling")
     logit_t: tuple = setting((-0.8, 0.8), "t = sigmoid(n), n normal of this mean and deviation")
+    # The network has to answer without a class, too: guidance takes the difference.
     label_drop: float = setting(0.1, "share of labels left out in training, for guidance")
 
     # The model. B, L and H have 130, 458 and 951 million parameters. All are wider than a token's
@@ -444,8 +444,11 @@ class Config:
     model: str = setting("B/1", "size/patch size; nano is for laptops", tuple(MODELS))
     depth: int = setting(12, "blocks")
     hidden_size: int = setting(768, "width of a token, in channels")
+    # Heads of 64 channels are what attention kernels are made for.
     num_heads: int = setting(0, "attention heads; 0: of 64 channels each")
+    # At 1, a latent of 16 x 16 is 256 tokens; at 2 it is 64 of four times the channels.
     patch_size: int = setting(1, "side of a token, in latent positions")
+    # The paper's text has 128, its released weights have none.
     bottleneck: int = setting(0, "channels between latent and token; 0: none, as released")
 
     # Optimisation. A step adds up the gradients of batch / micro_batch passes, shared among GPUs:
@@ -454,26 +457,34 @@ class Config:
     steps: int = setting(250_000, "200 epochs of ImageNet")
     batch: int = setting(1024, "images in a step, on however many GPUs")
     micro_batch: int = setting(0, "images at a time; 0: largest divisor of batch up to 256")
+    # Proportional to the batch, as in JiT: 2e-4 at 1,024.
     lr: float = setting(0.0, "learning rate; 0: 5e-5 * batch / 256")
     warmup_epochs: float = setting(5.0, "epochs of linear warm-up; constant afterwards")
+    # The paper has none; the demo needs it, to end well after 1,500 steps.
     cooldown: float = setting(0.0, "last share of the steps, over which the rate falls to 0")
     ema: float = setting(0.9999, "decay of the averaged weights; 0.99 for 1,000 steps")
     seed: int = setting(0, "of weights, data order and noise")
 
     # Sampling. 50 Heun steps are 99 network calls, and 88 more where guidance is on.
     sample_steps: int = setting(50, "Heun steps")
+    # The paper's for B/1; every model has a best one of its own.
     cfg: float = setting(2.9, "guidance weight; 1: none, at half the cost")
     interval: tuple = setting((0.1, 1.0), "guidance is on where low < t < high")
 
     # Files and machine
     data: str = setting("latents", "folder that encode.py wrote")
     out: str = setting("", "run folder; with --sample where the samples go")
+    # Latents know their VAE; another decoder of the same latents may draw them.
     vae: str = setting("", "repository or folder of the decoder; default: the encoder's own")
+    # Each line makes the host wait for the GPU once.
     log_every: int = setting(100, "steps between log lines")
+    # What a power cut costs at most; saving stops training for the copy only.
     save_every: int = setting(0, "steps between checkpoints; 0: every 15 minutes")
     sample_every: int = setting(10_000, "steps between pictures of samples; 0: none")
+    # Two keep up with 18,000 latents a second; a GPU needs about 3,000.
     workers: int = setting(4, "processes that read latents ahead, one a core at most")
     device: str = setting("", "cuda, mps or cpu; default: the best there is")
+    # bfloat16 has float32's range: losses need no scaling.
     precision: str = setting("auto", "of products; auto: bf16 on cuda", ("auto", "bf16", "fp32"))
     compile: str = setting("auto", "torch.compile; auto: on cuda", ("auto", "on", "off"))
 

@@ -817,23 +817,30 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def checkpoint_of(run):
-    """What a checkpoint holds, copied to the host. Data order and noise need nothing but the
-    step."""
+def on_host(tensors):
+    """A copy of a dict of tensors on the CPU."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
-    def on_host(tensors):
-        return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
-    optimizer = run.optimizer.state_dict()
-    optimizer["state"] = {i: on_host(moments) for i, moments in optimizer["state"].items()}
+def average_of(run):
+    """What samples: the averaged weights, and what has to be known of them."""
     return {
         "config": asdict(run.config),
-        "latents": run.data_id,
         "classes": run.data.class_names,
         "grid": run.net.input_size,
         "step": run.step,
-        "model": on_host(run.net.state_dict()),
         "ema": on_host(run.ema.state_dict()),
+    }
+
+
+def checkpoint_of(run):
+    """What a checkpoint holds, copied to the host: what samples, and what training needs to go on.
+    Data order and noise need nothing but the step."""
+    optimizer = run.optimizer.state_dict()
+    optimizer["state"] = {i: on_host(moments) for i, moments in optimizer["state"].items()}
+    return average_of(run) | {
+        "latents": run.data_id,
+        "model": on_host(run.net.state_dict()),
         "optimizer": optimizer,
     }
 
@@ -1183,7 +1190,7 @@ def finish(run, stopped):
         line = f"{run.folder}: stopped by a signal, saved at step {run.step:,}"
         raise Stop(f"{line}; the same command continues", 130)
     if rank == 0:
-        write_ema(run.folder / "ema.safetensors", checkpoint_of(run))
+        write_ema(run.folder / "ema.safetensors", average_of(run))
         print(f"{run.folder}: {run.step:,} steps done. To sample, for instance:")
         print(f"python jlt.py --sample {run.folder} --classes 0 1", flush=True)
 
@@ -1209,8 +1216,8 @@ class Trained:
 
 
 def write_ema(path, state):
-    """Writes what a run gives away: the averaged weights of a checkpoint under the model's own
-    names, settings and class names in the header, no pickle."""
+    """Writes what a run gives away: the averaged weights of a checkpoint, or average_of a run,
+    under the model's own names, settings and class names in the header, no pickle."""
     about = {key: state[key] for key in ("config", "classes", "grid", "step")}
     with replacing(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(state["ema"], {"jlt": json.dumps(about)}))
@@ -1307,7 +1314,8 @@ def find_checkpoint(name):
     if Path(name).exists():
         return Path(name)
     local = f"{name}: no such file or run folder"
-    require(not Path(name).parent.is_dir() or "/" not in name, local)
+    beside_others = "/" in name and Path(name).parent.is_dir()
+    require(not beside_others, local)
     require(name.count("/") == 1, f"{local}, and no repository's name (owner/name) either")
     from huggingface_hub import hf_hub_download, logging
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -1396,7 +1404,7 @@ def sample_command(name, classes, n, labels, given):
 
 
 def class_number(word, trained):
-    """ "207" or the name of a class -> its label. Raises Stop for others, naming near ones."""
+    """The number or the name of a class -> its label. Raises Stop for others, naming near ones."""
     import difflib
 
     names = trained.class_names

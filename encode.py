@@ -9,7 +9,8 @@ decodes to. Interrupted? Run the same command again: finished shards stay, the o
 made anew.
 
 This file is also the ground that jlt.py and fid.py stand on. From top to bottom: errors and
-files, pictures, the VAE, the cache, the command; at the end the digits of `jlt.py --demo`.
+files, pictures, the VAE, the cache, the command; at the end labels, charts, and the digits of
+`jlt.py --demo`.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader, Dataset
@@ -53,7 +54,7 @@ def require(condition, line, status=2):
 
 
 @contextlib.contextmanager
-def reading(what, advice, status=2):
+def explaining(what, advice, status=2):
     """Makes a Stop of whatever goes wrong inside: Pillow, zip, safetensors, torch.load and the
     hub each have errors of their own."""
     try:
@@ -70,7 +71,7 @@ def processes():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def run(main):
+def run_command(main):
     """Calls main(). A foreseeable fault becomes one line on stderr and an exit status."""
     rank, _ = processes()
     try:
@@ -85,11 +86,11 @@ def run(main):
     except (MemoryError, torch.OutOfMemoryError):
         line = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)"
         status = 1
-    if rank == 0 or status != 2:
+    if rank == 0 or status == 1:
         print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr, flush=True)
     else:
-        # All processes make the same mistake and the first one says it; torchrun ends it as soon
-        # as another has left.
+        # All processes make the same mistake, or got the same signal, and the first one says it;
+        # torchrun ends it as soon as another has left.
         time.sleep(2)
     sys.exit(status)
 
@@ -160,7 +161,7 @@ def pick_device(name=""):
     name = name or best
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    with reading(f"--device {name}", f"not on this machine, which has {best}"):
+    with explaining(f"--device {name}", f"not on this machine, which has {best}"):
         torch.ones(1, device=name)
     device = torch.device(name)
     if device.type == "cuda":
@@ -284,10 +285,10 @@ def load_vae(name=VAE, device="cpu", compiled=False):
     file codec.safetensors, the digits' DigitCodec. Raises Stop where there is none, or where the
     weights are another model's. `compiled`: for many images of one shape, on CUDA."""
     if str(name).endswith("codec.safetensors"):
-        with reading(f"--vae {name}", "not a codec of drawn digits; jlt.py --demo makes one"):
+        with explaining(f"--vae {name}", "not a codec of drawn digits; jlt.py --demo makes one"):
             return DigitCodec(**load_file(name))
     by_hand = f"hf download {VAE} --include 'vae/*' --local-dir flux2"
-    with reading(f"--vae {name}", f"no AutoencoderKLFlux2 there; to fetch one: {by_hand}"):
+    with explaining(f"--vae {name}", f"no AutoencoderKLFlux2 there; to fetch one: {by_hand}"):
         # Here, since the import takes seconds.
         from diffusers import AutoencoderKLFlux2, logging
         from huggingface_hub import snapshot_download
@@ -309,7 +310,7 @@ def load_vae(name=VAE, device="cpu", compiled=False):
         require(not problems, f"--vae {name}: holds the weights of another model")
     autoencoder = autoencoder.eval().requires_grad_(False)
     autoencoder = autoencoder.to(device, memory_format=torch.channels_last)
-    if compiled:
+    if compiled and torch.device(device).type == "cuda":
         # Not the whole: autoencoder.encode would pass a compiled forward by.
         autoencoder.encoder.compile(dynamic=False)
         autoencoder.decoder.compile(dynamic=False)
@@ -371,7 +372,7 @@ def save_shard(path, latents, latents_flip, labels, **settings):
 def open_shard(path):
     """-> Shard. Raises Stop for a damaged file, or one that holds no latents."""
     advice = "no shard of latents (N, C, H, W) and labels (N,); delete it and encode again"
-    with reading(path, advice, status=1):
+    with explaining(path, advice, status=1):
         # safetensors checks its header against the file's length.
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -470,7 +471,7 @@ def read_class_names(folder):
     path = Path(folder) / "meta.json"
     if not path.exists():
         return []
-    with reading(path, "damaged; the same encode.py command writes it anew"):
+    with explaining(path, "damaged; the same encode.py command writes it anew"):
         return list(json.loads(path.read_text())["classes"])
 
 
@@ -676,8 +677,7 @@ def main():
     photos = Photos(args.images, args.size, args.exif)
     device = pick_device(args.device)
     # Compiling takes two minutes.
-    compiled = device.type == "cuda" and len(photos) > 20_000
-    vae = load_vae(args.vae, device, compiled)
+    vae = load_vae(args.vae, device, compiled=len(photos) > 20_000)
 
     require(not args.out.is_file(), f"--out {args.out}: is a file; give a folder")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -704,6 +704,74 @@ def main():
         while not all(path.exists() for path in shards):
             time.sleep(1)  # for the other processes
         finish_cache(args.out, photos, settings)
+
+
+# =============================================================== labels and charts
+# For jlt.py: words beside pictures, and curves.
+
+
+def from_pil(image):
+    """PIL image -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def caption(text, width):
+    """-> a white strip (3, 16, width) with a line of text."""
+    strip = Image.new("RGB", (width, 16), "white")
+    ImageDraw.Draw(strip).text((2, 1), text, "black", ImageFont.load_default(12))
+    return from_pil(strip)
+
+
+def labelled_rows(rows):
+    """{name: 20 images uint8 (20, 3, 32, 32)} -> one image (3, H, W): names at the left, two rows
+    of ten each, three times as large."""
+    lines = []
+    for name, images in rows.items():
+        grid = image_grid(images, columns=10)
+        grid = grid.repeat_interleave(3, 1).repeat_interleave(3, 2)  # (3, 192, 960)
+        label = Image.new("RGB", (170, 192), "white")
+        font = ImageFont.load_default(26)
+        ImageDraw.Draw(label).text((160, 96), name, "black", font, anchor="rm")
+        lines.append(torch.cat([from_pil(label), grid], 2))
+    return torch.cat(lines, 1)
+
+
+CURVE_COLOURS = ("#1f77b4", "#7f7f7f", "#d62728")
+
+
+def chart(title, x_label, curves):
+    """Curves {name: [(x, y), ...]} over a logarithmic y axis -> image uint8 (3, 420, 560)."""
+    image = Image.new("RGB", (560, 420), "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(14)
+    points = [point for curve in curves.values() for point in curve]
+    xs = [x for x, _ in points]
+    left, right = min(xs), max(xs)
+    low = math.floor(math.log10(max(1e-5, min(y for _, y in points))))
+    high = math.ceil(math.log10(max(y for _, y in points)))
+
+    def place(x, y):
+        """A point of a curve -> its pixel; what lies below the axis stays on it."""
+        exponent = max(low, math.log10(max(y, 1e-30)))
+        across = (x - left) / (right - left)
+        up = (exponent - low) / max(1, high - low)
+        return 60 + 470 * across, 360 - 280 * up
+
+    draw.text((60, 10), title, "black", font)
+    for exponent in range(low, high + 1):
+        _, y = place(left, 10.0**exponent)
+        draw.line([(60, y), (530, y)], "#dddddd")
+        draw.text((52, y), f"1e{exponent}", "black", font, anchor="rm")
+    for x in (left, (left + right) / 2, right):
+        draw.text((place(x, 1)[0], 368), f"{x:g}", "black", font, anchor="ma")
+    draw.text((295, 392), x_label, "black", font, anchor="ma")
+    legend = 60
+    for (name, curve), colour in zip(curves.items(), CURVE_COLOURS, strict=False):
+        draw.line([place(x, y) for x, y in curve], colour, 3)
+        draw.line([(legend, 50), (legend + 24, 50)], colour, 3)
+        draw.text((legend + 30, 50), name, "black", font, anchor="lm")
+        legend += 60 + 9 * len(name)
+    return from_pil(image)
 
 
 # =============================================================== drawn digits
@@ -831,4 +899,4 @@ def cache_digits(folder, n=10_000):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

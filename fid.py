@@ -30,16 +30,16 @@ from tqdm import tqdm
 
 from encode import (
     center_crop,
+    explaining,
     list_images,
     make_parser,
     open_rgb,
     pick_device,
     processes,
-    reading,
     replacing,
     require,
     require_new,
-    run,
+    run_command,
 )
 
 # The number at the end of the name is the beginning of the file's sha256.
@@ -368,7 +368,7 @@ class Inception(nn.Module):
         is_state = isinstance(weights, dict)
         name = WEIGHTS if weights is None or is_state else weights
         advice = f"no Inception weights; fetch {URL} and name the file with --weights"
-        with reading(name, advice, status=1 if weights is None else 2):
+        with explaining(name, advice, status=1 if weights is None else 2):
             self.load_state_dict(weights if is_state else load_weights(weights))
         self.eval()
         torch.backends.cudnn.conv.fp32_precision = "ieee"
@@ -404,7 +404,7 @@ def array_names(path):
     require(path.exists(), f"{path}: no such file or folder")
     if path.is_dir():
         return []
-    with reading(path, NO_NPZ), zipfile.ZipFile(path) as archive:
+    with explaining(path, NO_NPZ), zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
@@ -426,7 +426,7 @@ class FolderImages:
 
     def read(self, name):
         advice = "not a readable image, and a score must not leave it out"
-        with reading(self.path / name, advice):
+        with explaining(self.path / name, advice):
             image = open_rgb(self.path / name)
             if self.size:
                 image = center_crop(image, self.size)
@@ -458,7 +458,7 @@ class NpzImages:
     def open_array(self):
         """Yields arr_0 as a stream of bytes, and its shape."""
         with (
-            reading(self.path, NO_NPZ),
+            explaining(self.path, NO_NPZ),
             zipfile.ZipFile(self.path) as archive,
             archive.open("arr_0.npy") as file,
         ):
@@ -509,7 +509,7 @@ class SavedStatistics(NamedTuple):
 def read_statistics(path):
     """An npz with mu and sigma, or ref_mu and ref_sigma -> SavedStatistics. ADM's file has images,
     too: they are a few of those that mu and sigma are of, and are not read."""
-    with reading(path, NO_NPZ), np.load(path, allow_pickle=False) as file:
+    with explaining(path, NO_NPZ), np.load(path, allow_pickle=False) as file:
         prefix = "ref_" if "ref_mu" in file else ""
         mu = file[prefix + "mu"].astype(np.float64)
         sigma = file[prefix + "sigma"].astype(np.float64)
@@ -660,4 +660,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

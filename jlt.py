@@ -7,30 +7,40 @@ noise eps into such latents x, along the straight path between the two:
     z_t = t x + (1 - t) eps,    t = 0 is noise, t = 1 is data,    velocity v = dz/dt = x - eps.
 
 Many pairs (x, eps) pass through one z_t, so a network that is trained by squared error learns a
-mean: E[v | z_t]. Whoever follows that mean velocity from noise to t = 1 arrives at data.
+mean: E[v | z_t]. Points that follow that mean velocity do not end in an average picture: at every
+t they are distributed as the z_t of real pairs are, and so, at t = 1, as the data (Lipman et al.
+2022, 2210.02747).
 
 The network may be asked for v itself, or for the clean latent x, from which the velocity is
 (x - z_t) / (1 - t). The best velocity is the same, and so is the loss. What differs is the
-network's work: in a direction in which the data hardly varies, the best x is about 0, and the best
-v is -z_t / (1 - t), so the network has to hand on the noise in its input, in each such direction.
-Asked for x it may forget that noise; the formula puts z_t back in, outside of the network. With
-everything else equal, the paper has FID (lower is better) 2.56 for x and 6.56 for v.
+network's work. In a direction in which the data hardly varies, x is about 0 and z_t is about
+(1 - t) eps. There the best answer for x is 0; for v it is -z_t / (1 - t), about -eps: the network
+must copy the noise in its input to its output. Asked for x it may forget that noise; the formula
+puts z_t back in, outside of the network. With everything else equal, the paper has FID (lower is
+better) 2.56 for x and 6.56 for v. A network narrower than a token cannot copy all of its noise,
+and the demo shows what becomes of it. The paper's networks are wide enough for that; what is known
+of the reason there is in the README, "Why x, and when".
 
     python jlt.py --demo                               # see it: digits, a minute, no data, no GPU
-    python encode.py imagenet/                         # once: pictures -> latents/
+    python encode.py imagenet/                         # once: pictures -> a cache, latents/
     python jlt.py --target x                           # the paper's run; --target v is its baseline
     torchrun --nproc-per-node 8 jlt.py --micro-batch 128     # on eight GPUs
     python jlt.py --sample runs/B-1-x --classes 207 360      # or --n 50000, and fid.py scores them
+
+Interrupted? The same command continues.
 """
 
 import contextlib
 import copy
+import difflib
 import hashlib
 import json
 import math
 import os
 import signal
+import tempfile
 import time
+import zipfile
 from argparse import SUPPRESS, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -43,8 +53,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import encode
@@ -52,7 +61,8 @@ from encode import Stop, processes, replacing, require
 
 # =============================================================== the method
 # Equation numbers are the paper's. Clean latents x, noise eps, points z on the path between them
-# and velocities v are (B, C, H, W); times t and class labels y are (B,).
+# and velocities v are (B, C, H, W); times t and class labels y are (B,). The paper compares x and
+# v; a network may also be asked for the noise eps.
 TARGETS = ("x", "eps", "v")
 LOSSES = ("v", "x")
 
@@ -87,14 +97,16 @@ def velocity(out, z, t, target, t_eps=0.05):
 def flow_error(net, x, y, t, eps, target="x", t_eps=0.05, loss="v"):
     """The loss of each image: (B,). A pure function: times t, noise eps and labels y are given.
 
-    loss="v", for every target: the squared error of the velocity. In terms of what the network puts
-    out it is |v^ - v|^2 for target v, and |x^ - x|^2 / max(1 - t, t_eps)^2 for target x.
-    loss="x", the paper's second: that times max(1 - t, t_eps)^2; for target x, |x^ - x|^2."""
+    loss="v", the paper's: the squared error of the velocity, for every target. In terms of what the
+    network puts out it is |v^ - v|^2 for target v, |x^ - x|^2 / (1 - t)^2 for target x, and
+    |eps^ - eps|^2 / t^2 for target eps, with divisors of t_eps^2 at least.
+    loss="x", of the paper's second version: the same times (1 - t)^2, which is |x^ - x|^2 for
+    target x."""
     assert loss in LOSSES, f"loss {loss!r} is none of {LOSSES}"
     z = interpolate(x, eps, t)
     v_hat = velocity(net(z, t, y), z, t, target, t_eps)
-    # The truth takes the same way: where 1 - t < t_eps, (x - z) / t_eps is not x - eps, and a
-    # perfect x^ would be charged with the difference.
+    # The true output goes through the same readout, with the same floor: where 1 - t < t_eps, a
+    # perfect x^ has a velocity of (x - z) / t_eps, not x - eps, and should still have no loss.
     v = velocity(true_output(x, eps, target), z, t, target, t_eps)
     error = (v_hat - v).square()
     if loss == "x":
@@ -103,7 +115,7 @@ def flow_error(net, x, y, t, eps, target="x", t_eps=0.05, loss="v"):
 
 
 def flow_loss(net, x, y, t, eps, target="x", t_eps=0.05, loss="v"):
-    """The mean of flow_error: what training makes small."""
+    """The mean of flow_error, a number. (Training takes flow_error, for its loss by t.)"""
     return flow_error(net, x, y, t, eps, target, t_eps, loss).mean()
 
 
@@ -142,7 +154,7 @@ def sample(
         z_next = z + (t_next - t) * v
 
         # Second-order correction (Heun): average it with the velocity there. Not in the last
-        # step: at its end, t = 1, x^ says nothing about the velocity any more (1 - t is 0).
+        # step: at its end, t = 1, no velocity can be read from x^ (the divisor 1 - t is 0).
         if method == "heun" and i < steps - 1:
             v_next = guided_velocity(z_next, t_next)
             z_next = z + (t_next - t) * (v + v_next) / 2
@@ -152,9 +164,10 @@ def sample(
 
 # =============================================================== the network
 # The transformer of JiT (arXiv 2511.13720) with the module names of DiT (Peebles & Xie 2022), so
-# that the published weights load by name. A latent (B, C, H, W) is cut into N tokens of D
-# channels; blocks of attention and MLP work on them; time and class act on every block through
-# scale, shift and gate (adaLN); the last layer makes of each token its piece of the output.
+# that the weights published with the paper load by name. A latent (B, C, H, W) is cut into N
+# patches of p x p positions, each of which becomes a token of D channels; blocks of attention and
+# MLP work on the tokens; time and class act on every block through scale, shift and gate (adaLN);
+# the last layer makes of each token its patch of the output.
 #
 # Under autocast, matrix products and the stream of tokens are bfloat16, the weights float32.
 # Shapes at the end of a line are those of what the line computes.
@@ -263,10 +276,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim // num_heads)
 
     def forward(self, x, cos, sin):
-        # (B, N, heads, head_dim) each. Moving the heads forward here already would cost copies of
-        # q, k and of attention's output.
+        # (B, N, heads, head_dim) each. They stay in this order until they have been turned:
+        # transposed here, q, k and attention's output would have to be copied.
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        # Given float32, the norms return it: q and k are rounded once, after they are turned.
+        # A norm returns the type it is given: q and k stay float32 until they have been turned,
+        # and are rounded once.
         q = rotate(self.q_norm(q.float()), cos, sin, v.dtype).transpose(1, 2)
         k = rotate(self.k_norm(k.float()), cos, sin, v.dtype).transpose(1, 2)
         x = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))  # (B, heads, N, head_dim)
@@ -278,7 +292,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        # Three matrices of this width cost what two of 4 * dim would.
+        # Three matrices of this width cost what two of 4 * dim would. w12 holds two of them.
         hidden = int(4 * dim * 2 / 3)
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
@@ -360,9 +374,9 @@ class JLT(nn.Module):
     def initialize_weights(self):
         """DiT's rules: Xavier for all Linears, small normals for the embeddings, zeros where a
         block or the output is to start as nothing."""
-        # A patch convolution is a Linear of its pixels.
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
+                # A view of the weight: a patch convolution is a Linear of the patch's values.
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -387,13 +401,14 @@ class JLT(nn.Module):
         p = self.patch_size
         n = self.input_size // p
         x = x.unflatten(1, (n, n)).unflatten(3, (p, p, -1))  # (B, row, column, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, row, p, column, p)
+        return x.flatten(4, 5).flatten(2, 3)
 
 
 # =============================================================== configuration
 # One dataclass holds every setting of a run; its fields are the flags of the command line. The
 # defaults are the paper's run of JLT-B/1 on ImageNet: 250,000 steps of 1,024 images. A checkpoint
-# carries its settings, and a run is only continued with the same ones.
+# carries its settings, and a run is only continued with the same ones, but for those in FREE.
 
 # The settings that a model's name stands for, where they differ from Config's defaults. Heads
 # have 64 channels, but H's have 80.
@@ -426,15 +441,17 @@ def setting(default, help, choices=None):
 @dataclass(frozen=True)
 class Config:
     """The paper's run of JLT-B/1 (section 4.1). Every field is a flag: sample_steps is
-    --sample-steps. Made by configure(), which fills in what is left open by a 0 or ""."""
+    --sample-steps. Made by configure(), which fills in num_heads, micro_batch, lr and out."""
 
-    # What is learned. The law of t is the same for every target: mostly t < 1/2, where it is still
-    # open what the picture will be. The floor t_eps hardly acts in training, where t > 0.95 is
-    # rare, but in the last steps of sampling: of 50, they leave 1.7% of eps - x, for target x.
+    # What is learned.
     target: str = setting("x", "x: the clean latent, eps: the noise, v: the velocity", TARGETS)
-    # v is the paper's; its revision found x to be better at B/1 (FID 2.38 against 2.84).
+    # The paper trains with loss v. Its second version (where the x of 2.56 has become 2.84) has
+    # 2.38 for loss x.
     loss: str = setting("v", "squared error of v, or of x (that times (1 - t)^2)", LOSSES)
+    # Matters little in training, where t > 0.95 is rare, but in the last steps of sampling: after
+    # 50 steps with a perfect x^, the result still holds 1.7% of eps - x.
     t_eps: float = setting(0.05, "floor of the divisors 1 - t and t, also in sampling")
+    # The same for every target: mostly t < 1/2, where it is still open what the picture will be.
     logit_t: tuple = setting((-0.8, 0.8), "t = sigmoid(n), n normal of this mean and deviation")
     # The network has to answer without a class, too: guidance takes the difference.
     label_drop: float = setting(0.1, "share of labels left out in training, for guidance")
@@ -445,16 +462,16 @@ class Config:
     depth: int = setting(12, "blocks")
     hidden_size: int = setting(768, "width of a token, in channels")
     # Heads of 64 channels are what attention kernels are made for.
-    num_heads: int = setting(0, "attention heads; 0: of 64 channels each")
+    num_heads: int = setting(0, "attention heads; 0: of 64 channels each, or a little more")
     # At 1, a latent of 16 x 16 is 256 tokens; at 2 it is 64 of four times the channels.
     patch_size: int = setting(1, "side of a token, in latent positions")
     # The paper's text has 128, its released weights have none.
     bottleneck: int = setting(0, "channels between latent and token; 0: none, as released")
 
-    # Optimisation. A step adds up the gradients of batch / micro_batch passes, shared among GPUs:
-    # eight of them need a micro-batch of 128. Noise is drawn by pass, so a run keeps its
-    # micro-batch. The average of the weights needs about 1 / (1 - ema) steps to form.
-    steps: int = setting(250_000, "200 epochs of ImageNet")
+    # Optimisation. A step adds up the gradients of batch / micro_batch micro-batches, which GPUs
+    # share: for eight GPUs there have to be eight, of 128. Noise is drawn by micro-batch, so a run
+    # keeps their size. The average of the weights needs about 1 / (1 - ema) steps to form.
+    steps: int = setting(250_000, "optimizer steps; the default is 200 epochs of ImageNet")
     batch: int = setting(1024, "images in a step, on however many GPUs")
     micro_batch: int = setting(0, "images at a time; 0: largest divisor of batch up to 256")
     # Proportional to the batch, as in JiT: 2e-4 at 1,024.
@@ -481,22 +498,16 @@ class Config:
     # What a power cut costs at most; saving stops training for the copy only.
     save_every: int = setting(0, "steps between checkpoints; 0: every 15 minutes")
     sample_every: int = setting(10_000, "steps between pictures of samples; 0: none")
-    # Two keep up with 18,000 latents a second; a GPU needs about 3,000.
+    # Two workers read 18,000 latents a second where a GPU needs 3,000; four are for slow disks.
     workers: int = setting(4, "processes that read latents ahead, one a core at most")
     device: str = setting("", "cuda, mps or cpu; default: the best there is")
     # bfloat16 has float32's range: losses need no scaling.
-    precision: str = setting("auto", "of products; auto: bf16 on cuda", ("auto", "bf16", "fp32"))
+    precision: str = setting(
+        "auto", "of matrix products; auto: bf16 on cuda", ("auto", "bf16", "fp32")
+    )
     compile: str = setting("auto", "torch.compile; auto: on cuda", ("auto", "on", "off"))
 
 
-# The first field of each group, for --help.
-GROUPS = {
-    "target": "what is learned",
-    "model": "model",
-    "steps": "optimisation",
-    "sample_steps": "sampling",
-    "data": "files and machine",
-}
 # What may be given anew when a run is continued, since it does not say what is learned.
 FREE = {"steps", "sample_steps", "cfg", "interval", "vae", "out", "data"}
 FREE |= {"log_every", "save_every", "sample_every", "workers", "device", "compile"}
@@ -519,7 +530,7 @@ def check_config(config):
     for name in ("num_heads", "bottleneck", "micro_batch", "save_every", "sample_every", "workers"):
         need(getattr(config, name) >= 0, name, "0 or more")
     for name in ("lr", "warmup_epochs"):
-        need(0 <= getattr(config, name) < 1e15, name, "a number, 0 or more")
+        need(0 <= getattr(config, name) < math.inf, name, "a number, 0 or more")
     for name in ("cooldown", "label_drop"):
         need(0 <= getattr(config, name) <= 1, name, "from 0 to 1")
     need(0 <= config.seed < 2**63, "seed", "0 or more, and below 2^63")
@@ -575,22 +586,24 @@ def compiles(config, device):
 
 
 # =============================================================== data order and noise
-# Everything random is a function of (seed, step, micro-batch). So a checkpoint needs no state of a
-# random generator or a data loader: with weights, average, optimizer and step, a run goes on as if
-# it had never been interrupted. And whichever process computes a micro-batch, it is the same one:
-# another number of processes only adds the gradients in another order. (Another kind of device
-# draws other numbers.)
+# Everything random is a function of the seed and of integers that follow from the step: epoch,
+# step, micro-batch. So a checkpoint needs no state of a random generator or a data loader: with
+# weights, average, optimizer and step, a run goes on as if it had never been interrupted. And
+# whichever process computes a micro-batch, it is the same one: another number of processes only
+# adds the gradients in another order. (A run may also go on on another kind of device, which
+# draws other numbers from the same seed.)
 ORDER, FLIPS, NOISE, SAMPLES = range(4)  # streams of random numbers
 
 
 def rng(stream, *key, device="cpu"):
     """A random generator that is a function of integers."""
+    # With their number, since SeedSequence takes (1,) and (1, 0) for the same.
     sequence = np.random.SeedSequence((stream, len(key), *key))
     seed = int(sequence.generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(seed)
 
 
-@lru_cache(2)
+@lru_cache(2)  # a micro-batch may lie across two epochs
 def epoch_order(n, seed, epoch):
     """The order in which an epoch shows n images."""
     return torch.randperm(n, generator=rng(ORDER, seed, epoch))
@@ -607,27 +620,23 @@ def picks(n, config, step, m):
     return list(zip(indices, flips.tolist(), strict=True))
 
 
-class MicroBatches(Sampler):
-    """Tells a DataLoader what to read: a list of (index, flip) for each micro-batch of one process,
-    from step `start` on. Process r of w takes micro-batches r, r + w, r + 2w, ..."""
+def own_micro_batches(config):
+    """The numbers of this process's micro-batches of a step: of w processes, process r computes
+    r, r + w, r + 2w, ..."""
+    rank, world = processes()
+    return range(rank, config.batch // config.micro_batch, world)
 
-    def __init__(self, n, config, start=0, rank=0, world=1):
-        self.n = n
-        self.config = config
-        self.start = start
-        self.rank = rank
-        self.world = world
 
-    def __iter__(self):
-        count = self.config.batch // self.config.micro_batch
-        for step in range(self.start, self.config.steps):
-            for m in range(self.rank, count, self.world):
-                yield picks(self.n, self.config, step, m)
+def reading_order(n, config, start=0):
+    """What this process reads from step `start` on: the picks of one micro-batch after another."""
+    for step in range(start, config.steps):
+        for m in own_micro_batches(config):
+            yield picks(n, config, step, m)
 
 
 class PickedLatents(Dataset):
-    """Item (index, flip), as MicroBatches asks for it: a latent (C, H, W), as precise as the file,
-    and its label."""
+    """Item (index, flip), one of those picks: a latent (C, H, W), as precise as the file, and its
+    label."""
 
     def __init__(self, data):
         self.data = data
@@ -638,19 +647,18 @@ class PickedLatents(Dataset):
 
 
 def ignore_signals(worker):
-    """Ctrl-C, or a scheduler's SIGTERM, reaches the reading processes, too: the training process
+    """Ctrl-C, or a scheduler's SIGTERM, reaches the loader's workers, too: the training process
     needs them to finish its step, and ends them itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def micro_batches(data, config, device, start=0):
-    """-> iterator over x (B, C, H, W) and y (B,) of this process's micro-batches, which other
-    processes read ahead."""
-    rank, world = processes()
+    """-> iterator over x (B, C, H, W) and y (B,) of this process's micro-batches, which workers
+    read ahead."""
     loader = DataLoader(
         PickedLatents(data),
-        batch_sampler=MicroBatches(len(data), config, start, rank, world),
+        batch_sampler=reading_order(len(data), config, start),
         num_workers=min(config.workers, os.cpu_count()),
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
@@ -674,8 +682,9 @@ def draws(config, step, m, x, y, num_classes):
 #
 # A step adds up the gradients of some micro-batches. Under torchrun each process takes its share
 # of them, and the sum over the processes is what one process would have added up, so that all
-# make the same update from the same weights. On the GPU nothing is waited for but where a line is
-# printed: losses and norms stay there as tensors until then.
+# make the same update from the same weights. (DistributedDataParallel takes means over processes
+# of equal shares; here three may share eight micro-batches.) The host waits for the GPU only where
+# a line is printed: losses and norms stay there as tensors until then.
 
 
 @dataclass
@@ -687,9 +696,9 @@ class Run:
     data_id: str  # tells caches apart, in words
     device: torch.device
     net: JLT
-    ema: JLT  # the average of the weights over the steps; it samples
+    ema: JLT  # the average of the weights over the steps, to sample with
     optimizer: torch.optim.Optimizer
-    step: int = 0  # finished steps
+    step: int = 0  # how many are done, and the number of the next: they count from 0
 
     # The folder holds ckpt.pt, ema.safetensors, log.jsonl, run.json and pictures.
     @property
@@ -741,31 +750,32 @@ def describe(data):
 
 # ------------------------------------------------------------- one step
 def learning_rate(config, step, images):
-    """The rate of step 1, 2, ... where an epoch has so many images: it rises during the warm-up,
-    is constant, and with `cooldown` falls at the end (the demo's does; the paper's does not)."""
+    """The rate of step 0, 1, ... where an epoch has so many images: it rises during the warm-up,
+    is constant, and falls over the last `cooldown` of the steps (the demo's over all of them, the
+    paper's never)."""
     warmup = max(1, round(config.warmup_epochs * images / config.batch))
     cooldown = max(1, config.cooldown * config.steps)
-    rising = step / warmup
-    falling = (config.steps + 1 - step) / cooldown
+    rising = (step + 1) / warmup
+    falling = (config.steps - step) / cooldown
     return config.lr * min(1, rising, falling)
 
 
-def accumulate_gradients(run, error_of, batches, log):
-    """Adds up the gradients of this process's micro-batches of the next step. -> its share of the
-    loss, a tensor that is not waited for."""
+def accumulate_gradients(run, error_fn, batches, log):
+    """Adds up the gradients of this process's micro-batches of the next step; error_fn is
+    flow_error, or what the compiler made of it. -> its share of the loss, a tensor that is not
+    waited for."""
     config = run.config
-    rank, world = processes()
     count = config.batch // config.micro_batch
     loss = torch.zeros((), device=run.device)
-    for m in range(rank, count, world):
+    for m in own_micro_batches(config):
         x, y = next(batches)
         # float16 on the way to the device, float32 there.
         x = x.to(run.device, non_blocking=True).float()
         y = y.to(run.device, non_blocking=True)
-        # Outside of what is compiled, which has a stream of random numbers of its own.
+        # Here, and not in the compiled function, where the same seed would draw other numbers.
         t, eps, y = draws(config, run.step, m, x, y, run.data.num_classes)
         with autocast(config, run.device):
-            errors = error_of(run.net, x, y, t, eps, config.target, config.t_eps, config.loss)
+            errors = error_fn(run.net, x, y, t, eps, config.target, config.t_eps, config.loss)
         (errors.mean() / count).backward()
         loss += errors.detach().mean() / count
         log.add_by_time(t, errors.detach())
@@ -802,12 +812,11 @@ def update(net, ema, optimizer, decay):
 
 # ------------------------------------------------------------- what is saved
 def load_checkpoint(path):
-    """torch.load that runs no code from the file: argparse.Namespace is the one class it may name.
-    Raises Stop for a damaged file."""
-    import zipfile
-
+    """torch.load that runs no code from the file. The one class that it may name is
+    argparse.Namespace, which holds the settings in the paper's checkpoint. Raises Stop for a
+    damaged file."""
     advice = "damaged, or no checkpoint"
-    with encode.reading(path, advice), torch.serialization.safe_globals([Namespace]):
+    with encode.explaining(path, advice), torch.serialization.safe_globals([Namespace]):
         # torch itself does not look at the checksums.
         with zipfile.ZipFile(path) as archive:
             require(archive.testzip() is None, f"{path}: {advice}")
@@ -823,7 +832,7 @@ def on_host(tensors):
 
 
 def average_of(run):
-    """What samples: the averaged weights, and what has to be known of them."""
+    """What is needed to sample: the averaged weights, and what has to be known of them."""
     return {
         "config": asdict(run.config),
         "classes": run.data.class_names,
@@ -834,8 +843,8 @@ def average_of(run):
 
 
 def checkpoint_of(run):
-    """What a checkpoint holds, copied to the host: what samples, and what training needs to go on.
-    Data order and noise need nothing but the step."""
+    """What a checkpoint holds, copied to the host: what is needed to sample, and to train on. Data
+    order and noise need nothing but the step."""
     optimizer = run.optimizer.state_dict()
     optimizer["state"] = {i: on_host(moments) for i, moments in optimizer["state"].items()}
     return average_of(run) | {
@@ -850,7 +859,7 @@ def resume(run):
     other settings or from other data."""
     state = load_checkpoint(run.checkpoint)
     advice = "not a checkpoint of this program; give another --out"
-    with encode.reading(run.checkpoint, advice):
+    with encode.explaining(run.checkpoint, advice):
         # The cache may have moved (config.data is its folder), but it must be the same.
         old = state["config"] | {"latents": state["latents"]}
         new = asdict(run.config) | {"latents": run.data_id}
@@ -870,7 +879,7 @@ class Saver:
 
     def __init__(self, run):
         self.run = run
-        self.thread = ThreadPoolExecutor(1)
+        self.writer = ThreadPoolExecutor(1)
         self.writing = None
         self.last = time.monotonic()
 
@@ -888,14 +897,14 @@ class Saver:
         rank, _ = processes()
         if rank == 0:
             state = checkpoint_of(self.run)
-            self.writing = self.thread.submit(self.write, state)
+            self.writing = self.writer.submit(self.write, state)
 
     def write(self, state):
         with replacing(self.run.checkpoint) as temporary:
             torch.save(state, temporary)
 
     def wait(self):
-        """Raises what went wrong in the thread."""
+        """Waits until the file is written. Raises what went wrong in the thread."""
         if self.writing:
             self.writing.result()
             self.writing = None
@@ -924,15 +933,15 @@ class Log:
     """Collects what steps make, on the device and without waiting for it; now and then prints a
     line and appends it to log.jsonl."""
 
-    BINS = 10  # of t: the loss by t shows where x and v differ
+    BINS = 10  # of t: the loss by t shows at which noise one target is learned better
 
     def __init__(self, run):
         self.run = run
         self.path = run.folder / "log.jsonl"
         self.rank, world = processes()
-        self.peak = 0
+        self.peak_flops = 0  # unknown
         if run.device.type == "cuda":
-            self.peak = world * PEAK.get(torch.cuda.get_device_name(run.device), 0)
+            self.peak_flops = world * PEAK.get(torch.cuda.get_device_name(run.device), 0)
             torch.cuda.reset_peak_memory_stats(run.device)
         # A backward pass costs two forward ones.
         self.flops = 3 * forward_flops(run.net)
@@ -976,9 +985,11 @@ class Log:
         return self.run.step in (1, 10) or self.run.step % self.run.config.log_every == 0
 
     def write(self, lr):
-        """Here the host waits for the GPU. Raises Stop if a loss or gradient was not finite."""
+        """Called by all processes. Here the host waits for the GPU. Raises Stop if a loss or
+        gradient was not finite."""
         losses = torch.stack(self.losses)  # (steps since the last line,)
         norms = torch.stack(self.norms)
+        # Losses are shares. The norm is that of the summed gradient, the same in each process.
         sum_over_processes(losses)
         sum_over_processes(self.by_time)
         self.check_finite(losses, norms)
@@ -994,9 +1005,9 @@ class Log:
             "images_per_s": rate,
             "loss_by_t": [s / n if n else None for s, n in zip(sums, counts, strict=True)],
         }
-        if self.peak:
+        if self.peak_flops:
             # MFU: the share of what the device could compute at most.
-            row["mfu"] = rate * self.flops / self.peak
+            row["mfu"] = rate * self.flops / self.peak_flops
         if self.run.device.type == "cuda":
             row["gib"] = torch.cuda.max_memory_allocated(self.run.device) / 2**30
         if self.rank == 0:
@@ -1005,8 +1016,8 @@ class Log:
         self.clear()
 
     def append(self, row):
-        full = encode.reading(self.path, "cannot be written; is the disk full?", 1)
-        with full, open(self.path, "a") as file:
+        full_disk = encode.explaining(self.path, "cannot be written; is the disk full?", 1)
+        with full_disk, open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
     def check_finite(self, losses, norms):
@@ -1019,7 +1030,7 @@ class Log:
             raise Stop(f"{line}; {advice}", 1)
 
     def show(self, row):
-        """Prints the row, and every tenth time the loss by t, where x and v differ."""
+        """Prints the row; every ten times log_every steps the loss by t, too."""
         steps = self.run.config.steps
         parts = [
             f"step {row['step']:,}/{steps:,} {row['step'] / steps:.1%}",
@@ -1038,6 +1049,33 @@ class Log:
         if row["step"] % (10 * self.run.config.log_every) == 0:
             values = ["-" if value is None else f"{value:.3f}" for value in row["loss_by_t"]]
             print("  loss by t, from noise to data:", *values, flush=True)
+
+
+# ------------------------------------------------------------- pictures on the way
+def generate(net, labels, numbers, config, device):
+    """Latents (N, C, H, W) of classes `labels` (N,). The noise of image i of `numbers` depends on
+    (seed, i) alone: not on the batch, nor on how many processes share the work."""
+    shape = (net.in_channels, net.input_size, net.input_size)
+    noise = [torch.randn(shape, generator=rng(SAMPLES, config.seed, i)) for i in numbers]
+    with autocast(config, device):
+        return sample(
+            net,
+            labels.to(device),
+            torch.stack(noise).to(device),
+            config.target,
+            config.sample_steps,
+            config.cfg,
+            config.interval,
+            t_eps=config.t_eps,
+        )
+
+
+def pictures(vae, latents):
+    """-> uint8 (N, 3, H, W) on the CPU."""
+    line = "the sampled latents are not finite: damaged weights, or too large a --cfg"
+    require(latents.isfinite().all(), line, 1)
+    images = [encode.to_uint8(vae.decode(part)).cpu() for part in latents.split(32)]
+    return torch.cat(images)
 
 
 def load_decoder(run):
@@ -1072,8 +1110,8 @@ def draw_samples(run, decoder):
 # ------------------------------------------------------------- the loop
 @contextlib.contextmanager
 def noted_signals():
-    """Yields a list that fills with SIGINT and SIGTERM, which then do not end the program; a
-    second one of a kind does."""
+    """Yields a list. The first SIGINT or SIGTERM is only noted in it, so that the step can be
+    finished; a second one of the same kind ends the program as usual."""
     noted = []
 
     def note(number, frame):
@@ -1146,18 +1184,18 @@ def train(config):
     decoder = load_decoder(run)
     log = Log(run)
     saver = Saver(run)
-    error_of = flow_error
+    error_fn = flow_error
     if compiles(config, run.device):
         # For fixed shapes: each new one would cost a minute.
-        error_of = torch.compile(flow_error, dynamic=False)
+        error_fn = torch.compile(flow_error, dynamic=False)
     batches = micro_batches(run.data, config, run.device, run.step)
     stop = False
     with noted_signals() as signals:
         while run.step < config.steps and not stop:
             # One step.
-            lr = learning_rate(config, run.step + 1, len(run.data))
+            lr = learning_rate(config, run.step, len(run.data))
             run.optimizer.param_groups[0]["lr"] = lr
-            loss = accumulate_gradients(run, error_of, batches, log)
+            loss = accumulate_gradients(run, error_fn, batches, log)
             sum_gradients(run.net)
             norm = update(run.net, run.ema, run.optimizer, config.ema)
             run.step += 1
@@ -1191,15 +1229,14 @@ def finish(run, stopped):
         raise Stop(f"{line}; the same command continues", 130)
     if rank == 0:
         write_ema(run.folder / "ema.safetensors", average_of(run))
-        print(f"{run.folder}: {run.step:,} steps done. To sample, for instance:")
-        print(f"python jlt.py --sample {run.folder} --classes 0 1", flush=True)
+        print(f"{run.folder}: {run.step:,} steps done", flush=True)
 
 
 # =============================================================== sampling from checkpoints
-# Three kinds of file sample: a run's ckpt.pt, which also holds what training needs to go on; its
-# ema.safetensors, a quarter of the size, to give away; and the checkpoint that the paper's authors
-# published. All are read without running code from them. What comes out is one picture of chosen
-# classes, or a folder of numbered pictures that any program for FID reads.
+# One can sample from three kinds of file: a run's ckpt.pt, which also holds what training needs to
+# go on; its ema.safetensors, a quarter of the size, to give away; and the checkpoint that the
+# paper's authors published. All are read without running code from them. What comes out is one
+# picture of chosen classes, or a folder of numbered pictures that any program for FID reads.
 
 
 @dataclass
@@ -1207,12 +1244,9 @@ class Trained:
     """A network to sample from, and what its checkpoint says of it."""
 
     net: JLT
-    target: str
-    t_eps: float
-    vae: str
+    settings: dict  # those of Config that it decides, unless a flag does
     class_names: list
-    weights: str  # which ones, in words
-    path: Path | None = None
+    description: str  # which weights these are
 
 
 def write_ema(path, state):
@@ -1232,8 +1266,8 @@ def export(folder):
 
 
 def read_ema(path):
-    """-> the state that write_ema was given, without what does not sample."""
-    with encode.reading(path, "no averaged weights of this program"):
+    """-> the state that write_ema was given, of which it keeps what is needed to sample."""
+    with encode.explaining(path, "no averaged weights of this program"):
         with safetensors.safe_open(path, "pt") as file:
             state = json.loads(file.metadata()["jlt"])
         return state | {"ema": safetensors.torch.load_file(path)}
@@ -1260,52 +1294,59 @@ def network_of(weights, input_size):
 
 def from_ours(state):
     """-> Trained, from our ckpt.pt or ema.safetensors: the average of the weights."""
-    config = state["config"]
+    names = ("target", "t_eps", "vae", "sample_steps", "cfg", "interval")
+    settings = {name: state["config"][name] for name in names}
     return Trained(
         net=network_of(state["ema"], state["grid"]),
-        target=config["target"],
-        t_eps=config["t_eps"],
-        vae=config["vae"],
+        settings=settings | {"interval": tuple(settings["interval"])},  # in JSON it was a list
         class_names=state["classes"],
-        weights=f"EMA of step {state['step']:,}",
+        description=f"EMA of step {state['step']:,}",
     )
 
 
 def from_published(state):
-    """The layout of the paper's checkpoint-last.pth. Its first EMA samples."""
+    """The layout of the paper's checkpoint-last.pth. The first of its two EMAs is to be used."""
     args = state["args"]
     weights = {}
     for name, value in state["model_ema1"].items():
         name = name.removeprefix("module.").removeprefix("net.")
         weights[name] = value.float()
-    # Was trained along, but is used nowhere.
+    # The file has a mask_token, which the network does not use.
     weights.pop("mask_token", None)
     # A bool in the released code: False is x-prediction, True is v. Older files lack it.
     predicts_v = getattr(args, "flow_matching", False)
     return Trained(
+        # The VAE makes one position of 16 x 16 pixels.
         net=network_of(weights, args.img_size // 16),
-        target="v" if predicts_v else "x",
-        t_eps=getattr(args, "t_eps", 0.05),
-        vae=encode.VAE,
+        settings={
+            "target": "v" if predicts_v else "x",
+            "t_eps": getattr(args, "t_eps", 0.05),
+            "vae": encode.VAE,
+        },
         class_names=[],
-        weights=f"first EMA (model_ema1) of epoch {state.get('epoch', 'unknown')}",
+        description=f"first EMA (model_ema1) of epoch {state.get('epoch', 'unknown')}",
     )
 
 
-def load_network(path):
-    """-> Trained, from our checkpoints (a run folder, its ckpt.pt or ema.safetensors) or the
-    paper's. Raises Stop for anything else."""
+def checkpoint_file(path):
+    """A run folder -> the file to sample from; a file as it is. Raises Stop if it is not there."""
     path = Path(path)
     if path.is_dir():
         # A run that was given away holds ema.safetensors only.
         there = (path / "ckpt.pt").exists()
         path = path / ("ckpt.pt" if there else "ema.safetensors")
     require(path.exists(), f"{path}: no such file; --sample takes a run folder or a checkpoint")
+    return path
+
+
+def load_network(path):
+    """-> Trained, from our checkpoints (a run folder, its ckpt.pt or ema.safetensors) or the
+    paper's. Raises Stop for anything else."""
+    path = checkpoint_file(path)
     state = read_ema(path) if path.suffix == ".safetensors" else load_checkpoint(path)
-    with encode.reading(path, "holds no JLT"):
+    with encode.explaining(path, "holds no JLT"):
         trained = from_published(state) if "model_ema1" in state else from_ours(state)
-    trained.path = path
-    print(f"{path}: {trained.target}-prediction, {trained.weights}", flush=True)
+    print(f"{path}: {trained.settings['target']}-prediction, {trained.description}", flush=True)
     return trained
 
 
@@ -1314,8 +1355,9 @@ def find_checkpoint(name):
     if Path(name).exists():
         return Path(name)
     local = f"{name}: no such file or run folder"
-    beside_others = "/" in name and Path(name).parent.is_dir()
-    require(not beside_others, local)
+    # Where there is a folder "owner", a path was meant.
+    meant_as_path = "/" in name and Path(name).parent.is_dir()
+    require(not meant_as_path, local)
     require(name.count("/") == 1, f"{local}, and no repository's name (owner/name) either")
     from huggingface_hub import hf_hub_download, logging
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -1323,50 +1365,24 @@ def find_checkpoint(name):
     logging.set_verbosity_error()  # no line for each try
     print(f"{name}: no such file here; asking the hub for that repository ...", flush=True)
     by_hand = f"fetch it by hand: hf download {name} checkpoint-last.pth --local-dir ."
-    with encode.reading(name, f"not to be had from the hub; {by_hand}", 1):
+    with encode.explaining(name, f"not to be had from the hub; {by_hand}", 1):
         try:
             return Path(hf_hub_download(name, "checkpoint-last.pth"))
         except LocalEntryNotFoundError:
-            raise  # no network
+            raise  # no network; it is a kind of EntryNotFoundError
         except EntryNotFoundError:
-            # A run of this program.
+            # The repository holds a run of this program.
             return Path(hf_hub_download(name, "ema.safetensors"))
 
 
-def generate(net, labels, numbers, config, device):
-    """Latents (N, C, H, W) of classes `labels` (N,). The noise of image i of `numbers` depends on
-    (seed, i) alone: not on the batch, nor on how many processes share the work."""
-    shape = (net.in_channels, net.input_size, net.input_size)
-    noise = [torch.randn(shape, generator=rng(SAMPLES, config.seed, i)) for i in numbers]
-    with autocast(config, device):
-        return sample(
-            net,
-            labels.to(device),
-            torch.stack(noise).to(device),
-            config.target,
-            config.sample_steps,
-            config.cfg,
-            config.interval,
-            t_eps=config.t_eps,
-        )
-
-
-def pictures(vae, latents):
-    """-> uint8 (N, 3, H, W) on the CPU."""
-    line = "the sampled latents are not finite: damaged weights, or too large a --cfg"
-    require(latents.isfinite().all(), line, 1)
-    images = [encode.to_uint8(encode.decode(vae, part)).cpu() for part in latents.split(32)]
-    return torch.cat(images)
-
-
-# What --sample takes beside its own flags; the rest is the checkpoint's.
+# What --sample takes beside its own flags. The other fields of Config are about training.
 SAMPLE_FLAGS = {"sample_steps", "cfg", "interval", "seed", "t_eps", "micro_batch"}
 SAMPLE_FLAGS |= {"out", "vae", "device", "precision", "compile"}
 
 
-def check_sample_flags(classes, n, labels, given):
+def check_sample_flags(classes, n, captions, given):
     """Raises Stop where --sample was not told what to make, or was told what it does not decide."""
-    require(classes or not labels, "--labels goes with --classes")
+    require(classes or not captions, "--labels goes with --classes")
     require(classes or n is not None, "--sample: say what, --classes 207 360 ... or --n 50000")
     require(classes is None or n is None, "--classes and --n: give one of the two")
     require(n is None or n > 0, f"--n {n}: must be positive")
@@ -1374,38 +1390,32 @@ def check_sample_flags(classes, n, labels, given):
         raise Stop(f"{flag(name)}: has no use with --sample; the checkpoint decides it")
 
 
-def fill_in(config, trained, given):
-    """-> config with what the checkpoint says, but for what was given."""
-    known = {"target": trained.target, "t_eps": trained.t_eps, "vae": trained.vae}
-    return replace(config, **{name: known[name] for name in known if name not in given})
-
-
-def sample_command(name, classes, n, labels, given):
+def sample_command(name, classes, n, captions, given):
     """--sample: one picture of each of `classes`, or n pictures of all classes in a folder. Without
-    --out the name says what made them: beside a run's checkpoint, or in the current folder."""
-    check_sample_flags(classes, n, labels, given)
-    # Here a micro-batch is no part of a batch.
+    --out they lie beside a run's checkpoint, or in the current folder, under a name that holds
+    what is varied most often."""
+    check_sample_flags(classes, n, captions, given)
+    # --micro-batch is how many images are made at once; as the batch, it is its own divisor.
     config = configure(batch=given.get("micro_batch") or 256, **given)
     device = encode.pick_device(config.device)
-    path = find_checkpoint(name)
+    path = checkpoint_file(find_checkpoint(name))
     trained = load_network(path)
-    config = fill_in(config, trained, given)
+    decided = {name: value for name, value in trained.settings.items() if name not in given}
+    config = replace(config, **decided)
     made_by = f"cfg{config.cfg:g}_steps{config.sample_steps}_seed{config.seed}"
-    home = path if path.is_dir() else path.parent
-    home = home if (home / "run.json").exists() else Path()
+    home = path.parent if (path.parent / "run.json").exists() else Path()
     if classes is None:
         out = Path(given.get("out", home / f"n{n}_{made_by}"))
-        sample_folder(trained, n, out, config, device)
+        sample_folder(trained, path, n, out, config, device)
     else:
-        numbers = [class_number(word, trained) for word in classes]
-        which = "_".join(map(str, numbers[:8]))
+        labels = [class_label(word, trained) for word in classes]
+        which = "_".join(map(str, labels[:8]))
         out = Path(given.get("out", home / f"classes_{which}_{made_by}.png"))
-        sample_classes(trained, numbers, out, labels, config, device)
+        sample_classes(trained, labels, out, captions, config, device)
 
 
-def class_number(word, trained):
+def class_label(word, trained):
     """The number or the name of a class -> its label. Raises Stop for others, naming near ones."""
-    import difflib
 
     names = trained.class_names
     last = trained.net.num_classes - 1
@@ -1423,7 +1433,7 @@ def class_number(word, trained):
 def prepare(trained, count, config, device):
     """-> the network and the VAE on the device, compiled if it is worth the minutes."""
     compiled = compiles(config, device) and (count >= 64 or config.compile == "on")
-    vae = encode.load_vae(config.vae, device, compiled and device.type == "cuda")
+    vae = encode.load_vae(config.vae, device, compiled)
     channels = trained.net.in_channels
     line = f"--vae {config.vae}: decodes {vae.channels} channels, the network makes {channels}"
     require(vae.channels == channels, line)
@@ -1433,34 +1443,27 @@ def prepare(trained, count, config, device):
     return net, vae
 
 
-def sample_classes(trained, numbers, out, labels, config, device):
-    """One PNG, a picture for each class number, about as many rows as columns; `labels` asks for
-    a line of class names under each row."""
+def sample_classes(trained, labels, out, captions, config, device):
+    """One PNG, a picture for each label, in as many rows as fill it, at most as many as columns;
+    `captions` asks for the class names under each row."""
     rank, _ = processes()
     if rank:
         return
     require(out.suffix == ".png", f"--out {out}: needs the ending .png with --classes")
     encode.require_new(out)
-    net, vae = prepare(trained, len(numbers), config, device)
+    net, vae = prepare(trained, len(labels), config, device)
     images = []
-    for part in torch.arange(len(numbers)).split(config.micro_batch):
-        classes = torch.tensor(numbers)[part]
-        images.append(pictures(vae, generate(net, classes, part.tolist(), config, device)))
+    for numbers in torch.arange(len(labels)).split(config.micro_batch):
+        part = torch.tensor(labels)[numbers]
+        images.append(pictures(vae, generate(net, part, numbers.tolist(), config, device)))
     images = torch.cat(images)
-    if labels:
+    if captions:
         names = trained.class_names or [str(i) for i in range(net.num_classes)]
-        strips = [caption(names[i], images.shape[3]) for i in numbers]
+        strips = [encode.caption(names[label], images.shape[3]) for label in labels]
         images = torch.cat([images, torch.stack(strips)], 2)
     rows = max(r for r in range(1, math.isqrt(len(images)) + 1) if len(images) % r == 0)
     encode.save_png(out, encode.image_grid(images, columns=len(images) // rows))
     print(f"wrote {out}: {describe_sampling(config)}")
-
-
-def caption(text, width):
-    """-> a white strip (3, 16, width) with a line of text."""
-    strip = Image.new("RGB", (width, 16), "white")
-    ImageDraw.Draw(strip).text((2, 1), text, "black", ImageFont.load_default(12))
-    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
 
 
 def describe_sampling(config):
@@ -1471,11 +1474,11 @@ def describe_sampling(config):
     )
 
 
-def sample_folder(trained, n, folder, config, device):
+def sample_folder(trained, checkpoint, n, folder, config, device):
     """n pictures 000000.png, 000001.png, ... of classes 0, 1, 2, ... in turn, beside a
-    settings.json. What is there is not made again, and processes share the work by number."""
+    settings.json. What is there is not made again, and processes share the batches."""
     rank, world = processes()
-    open_sample_folder(folder, trained, config)
+    open_sample_folder(folder, trained, checkpoint, config)
     net, vae = prepare(trained, n, config, device)
     size = min(n, config.micro_batch)
     batches = [range(first, first + size) for first in range(0, n, size)][rank::world]
@@ -1497,15 +1500,17 @@ def sample_folder(trained, n, folder, config, device):
         for task in writing:
             task.result()
     if rank == 0:
+        while not all((folder / f"{i:06d}.png").exists() for i in range(n)):
+            time.sleep(1)  # for the other processes
         print(f"wrote {folder}: {n:,} images, {describe_sampling(config)}")
 
 
-def open_sample_folder(folder, trained, config):
+def open_sample_folder(folder, trained, checkpoint, config):
     """Makes the folder with its settings.json. Raises Stop, naming what differs, if it is there
     with other settings."""
     settings = {
-        "checkpoint": str(trained.path.resolve()),
-        "weights": trained.weights,
+        "checkpoint": str(checkpoint.resolve()),
+        "weights": trained.description,
         "target": config.target,
         "t_eps": config.t_eps,
         "vae": config.vae,
@@ -1521,7 +1526,7 @@ def open_sample_folder(folder, trained, config):
     while rank > 0 and not path.exists():
         time.sleep(0.1)  # the first process writes it
     if path.exists():
-        with encode.reading(path, "damaged; give another --out"):
+        with encode.explaining(path, "damaged; give another --out"):
             old = json.loads(path.read_text())
         encode.refuse_changes(folder, old, settings)
         return
@@ -1536,12 +1541,12 @@ def open_sample_folder(folder, trained, config):
 
 # =============================================================== why x
 # Section 3.2, App. B and D of the paper. Suppose that tokens are Gaussian, x ~ N(0, diag(lam)), of
-# variance lam in each direction. Then z has the variance D = t^2 lam + (1 - t)^2, and everything is
+# variance lam in each direction. Then z has the variance V = t^2 lam + (1 - t)^2, and everything is
 # known in closed form:
 #
-#     E[x|z] = t lam z / D                  Var(x|z)   = lam (1 - t)^2 / D
-#     E[v|z] = (t lam - (1 - t)) z / D      Var(v|z)   = lam / D
-#                                           Var(eps|z) = t^2 lam / D
+#     E[x|z] = t lam z / V                  Var(x|z)   = lam (1 - t)^2 / V
+#     E[v|z] = (t lam - (1 - t)) z / V      Var(v|z)   = lam / V
+#                                           Var(eps|z) = t^2 lam / V
 #
 # The variances left over (the risks) are the least squared errors that any network can reach. By
 # the readout they are the same thing for all targets: Var(v|z) = Var(x|z) / (1 - t)^2. But what has
@@ -1606,51 +1611,14 @@ def linear_probe(fit, held_out, t):
     eps = torch.randn(x.shape, generator=rng(NOISE, 0), dtype=x.dtype)
     z = F.pad(t * x + (1 - t) * eps, (0, 1), value=1)  # a last column for the mean
     n = len(fit)
+    # The ridge, of 1e-3: solvable even if there are fewer tokens than dimensions.
     gram = z[:n].T @ z[:n] + 1e-3 * torch.eye(z.shape[1], dtype=z.dtype)
 
-    def error(y):
-        weights = torch.linalg.solve(gram, z[:n].T @ y[:n])
-        return (y - z @ weights)[n:].square().mean().item()
+    def error(wanted):
+        weights = torch.linalg.solve(gram, z[:n].T @ wanted[:n])
+        return (wanted - z @ weights)[n:].square().mean().item()
 
     return {"x": error(x), "v": error(x - eps)}
-
-
-CURVE_COLOURS = ("#1f77b4", "#7f7f7f", "#d62728")
-
-
-def chart(title, x_label, curves):
-    """Curves {name: [(x, y), ...]} over a logarithmic y axis -> image uint8 (3, 420, 560)."""
-    image = Image.new("RGB", (560, 420), "white")
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(14)
-    points = [point for curve in curves.values() for point in curve]
-    xs = [x for x, _ in points]
-    left, right = min(xs), max(xs)
-    low = math.floor(math.log10(max(1e-5, min(y for _, y in points))))
-    high = math.ceil(math.log10(max(y for _, y in points)))
-
-    def place(x, y):
-        """A point of a curve -> its pixel; what lies below the axis stays on it."""
-        exponent = max(low, math.log10(max(y, 1e-30)))
-        across = (x - left) / (right - left)
-        up = (exponent - low) / max(1, high - low)
-        return 60 + 470 * across, 360 - 280 * up
-
-    draw.text((60, 10), title, "black", font)
-    for exponent in range(low, high + 1):
-        _, y = place(left, 10.0**exponent)
-        draw.line([(60, y), (530, y)], "#dddddd")
-        draw.text((52, y), f"1e{exponent}", "black", font, anchor="rm")
-    for x in (left, (left + right) / 2, right):
-        draw.text((place(x, 1)[0], 368), f"{x:g}", "black", font, anchor="ma")
-    draw.text((295, 392), x_label, "black", font, anchor="ma")
-    legend = 60
-    for (name, curve), colour in zip(curves.items(), CURVE_COLOURS, strict=False):
-        draw.line([place(x, y) for x, y in curve], colour, 3)
-        draw.line([(legend, 50), (legend + 24, 50)], colour, 3)
-        draw.text((legend + 30, 50), name, "black", font, anchor="lm")
-        legend += 60 + 9 * len(name)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def token_statistics(data, patch_size):
@@ -1666,8 +1634,10 @@ def token_statistics(data, patch_size):
     for first in tqdm(range(0, len(data), 64), unit="x 64 latents"):
         statistics.update(rows(range(first, min(first + 64, len(data)))))
     lam = torch.linalg.eigvalsh(torch.from_numpy(statistics.cov))
+    # Enough for the linear probes, and in memory at once.
     some = rows(range(0, len(data), math.ceil(statistics.n / 60_000)))
     order = torch.randperm(len(some), generator=rng(ORDER, 0))
+    # Rounding may leave an eigenvalue of 0 below it.
     return lam.flip(0).clamp(min=0), statistics.n, some[order]
 
 
@@ -1711,8 +1681,8 @@ def geometry(folder, config):
     ranked = {f"y_{k}": list(enumerate(s.tolist(), 1)) for k, s in spectra.items()}
     times = [i / 100 for i in range(1, 100)]
     risks = {f"R_{k}": [(t, gaussian_risk(lam, t)[k]) for t in times] for k in spectra}
-    left = chart("Eigenvalues of each target's covariance", "rank", ranked)
-    right = chart("Least error by dimension", "t (0 is noise, 1 is data)", risks)
+    left = encode.chart("Eigenvalues of each target's covariance", "rank", ranked)
+    right = encode.chart("Least error by dimension", "t (0 is noise, 1 is data)", risks)
     encode.save_png(out, torch.cat([left, right], 2))
     print(f"\nwrote {out}")
 
@@ -1753,18 +1723,17 @@ def digit_judge(images, labels, steps=250):
         layer = nn.Conv2d(c_in, c_out, 3, stride=2, bias=False)
         return [layer, nn.BatchNorm2d(c_out, eps=1e-3), nn.ReLU()]
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            *conv(3, 16),
-            *conv(16, 32),
-            *conv(32, 64),
-            nn.Flatten(),
-            nn.Linear(64 * 9, 64),
-            nn.ReLU(),
-            nn.Linear(64, 10),
-        )
-        order = torch.randint(len(images), (steps, 128))
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *conv(3, 16),
+        *conv(16, 32),
+        *conv(32, 64),
+        nn.Flatten(),
+        nn.Linear(64 * 9, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+    order = torch.randint(len(images), (steps, 128))
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for batch in order:
         logits = net(encode.to_float(images[batch]))
@@ -1781,7 +1750,7 @@ class DigitScore:
     def __init__(self, codec, n):
         self.codec = codec
         self.judge = digit_judge(*encode.draw_digits(2 * n, seed=2))
-        # Two halves: one to compare with, one to be compared, which gives the floor.
+        # One half is the reference. The other is scored as samples are: nothing scores better.
         images, labels = encode.draw_digits(2 * n, seed=3)
         self.labels = labels[:n]
         self.real = images[n:]
@@ -1818,13 +1787,15 @@ class DigitScore:
 
 def demo(given):
     """--demo: the same network, loss, loop and sampler on drawn digits, for x and for v, from the
-    same weights, data order and noise. Prints a table and draws a picture."""
+    same weights, data order and noise. Prints a table and draws a picture. Run again, it goes on
+    with the networks that are there."""
     started = time.perf_counter()
     targets = [given["target"]] if "target" in given else ["x", "v"]
     # Settings that are not the demo's own get a folder of their own.
-    changed = [name for name in sorted(given) if name == "steps" or name not in FREE | {"target"}]
-    folder = "-".join(["demo", *(f"{name}-{given[name]}" for name in changed)])
-    out = Path(given.get("out", "runs/" + folder.replace("/", "-").replace(" ", "")))
+    free = (FREE - {"steps"}) | {"target"}
+    changed = [f"{name}-{given[name]}" for name in sorted(given) if name not in free]
+    name = "-".join(["demo", *changed]).replace("/", "-").replace(" ", "")
+    out = Path(given.get("out", f"runs/{name}"))
     config = configure(**DEMO | given)
     device = encode.pick_device(config.device)
     n = DEMO_IMAGES
@@ -1856,41 +1827,25 @@ def demo(given):
         rows[f"predicts {target}"] = images[:20]
         loss = f"{json.loads(last)['loss']:.3f}"
         table.append(score.row(f"predicts {target}", images, latents, loss))
-    encode.save_png(out / "demo.png", labelled_rows(rows))
+    encode.save_png(out / "demo.png", encode.labelled_rows(rows))
 
     print("\n               loss   pooled pixels   digit features   low directions   read right")
     print(*table, sep="\n")
     print(f"""
+loss: in training, over the last {config.log_every} steps.
 pooled pixels, digit features: how far the samples are from held-out digits, as Frechet distances
   (FID in miniature) of pixels averaged over 4x4 and of the judge's last layer; lower is better,
-  and "real" is the floor.
+  and "real" is the floor. "real, coded": those digits, encoded and decoded.
 low directions: energy in those 64 of 128 directions where the digits have least; theirs is 1.
 read right: share that the judge reads as the digit that was asked for.
 
 {out / "demo.png"}: two rows each of {", ".join(rows)}. [{time.perf_counter() - started:.0f} s]""")
 
 
-def labelled_rows(rows):
-    """{name: 20 images uint8 (20, 3, 32, 32)} -> one image (3, H, W): names at the left, two rows
-    of ten each, three times as large."""
-    lines = []
-    for name, images in rows.items():
-        grid = encode.image_grid(images, columns=10)
-        grid = grid.repeat_interleave(3, 1).repeat_interleave(3, 2)  # (3, 192, 960)
-        label = Image.new("RGB", (170, 192), "white")
-        font = ImageFont.load_default(26)
-        ImageDraw.Draw(label).text((160, 96), name, "black", font, anchor="rm")
-        left = torch.from_numpy(np.array(label)).permute(2, 0, 1)
-        lines.append(torch.cat([left, grid], 2))
-    return torch.cat(lines, 1)
-
-
 # =============================================================== benchmark
 def bench(given):
     """--bench: how fast this machine trains, samples and decodes, through the program's own
     functions, on random latents; and what that means for the run that the flags describe."""
-    import tempfile
-
     config = configure(**given)
     device = encode.pick_device(config.device)
     small = config
@@ -1924,7 +1879,7 @@ def bench(given):
     print(f"sampling: {1 / per_image:,.2f} guided images/s, {config.sample_steps} Heun steps")
     counted = "without decoding, for which give --vae"
     if config.vae:
-        vae = encode.load_vae(config.vae, device, compiles(small, device) and device.type == "cuda")
+        vae = encode.load_vae(config.vae, device, compiles(small, device))
         some = latents[: min(size, 32)]
         images = pictures(vae, some)
         encoding = seconds_for(lambda: encode.encode(vae, encode.to_float(images)).cpu())
@@ -1953,6 +1908,14 @@ def seconds_for(work):
 
 
 # =============================================================== command line
+# The first field of each group, for --help.
+GROUPS = {
+    "target": "what is learned",
+    "model": "model",
+    "steps": "optimisation",
+    "sample_steps": "sampling",
+    "data": "files and machine",
+}
 METAVARS = {
     "logit_t": ("MEAN", "STD"),
     "interval": ("LOW", "HIGH"),
@@ -1963,20 +1926,31 @@ METAVARS = {
 }
 
 
-# The flags are made from Config's fields: a setting is written down once.
 def make_flags():
-    """-> ArgumentParser: what to do, then a flag for every field of Config."""
+    """-> ArgumentParser: what to do, then a flag for every field of Config, so that a setting is
+    written down once."""
     parser = encode.make_parser(__doc__)
     group = parser.add_argument_group("what to do, if not to train")
     mode = group.add_mutually_exclusive_group().add_argument
     mode("--demo", action="store_true", help="x against v on drawn digits")
     mode("--sample", metavar="NAME", help="from a run folder, a checkpoint, or a hub repository")
     mode("--export", metavar="RUN", help="write the averaged weights so far as ema.safetensors")
-    mode("--geometry", nargs="?", const="", metavar="LATENTS", help="spectra of a cache")
+    mode(
+        "--geometry",
+        nargs="?",
+        const=DEMO["data"],
+        metavar="LATENTS",
+        help="spectra of a cache; without one, of the drawn digits",
+    )
     mode("--bench", action="store_true", help="how fast this machine is")
     group.add_argument("--classes", nargs="+", metavar="CLASS", help="--sample: numbers or names")
     group.add_argument("--n", type=int, metavar="N", help="--sample: so many, of all classes")
-    group.add_argument("--labels", action="store_true", help="--sample: write the classes' names")
+    group.add_argument(
+        "--labels",
+        action="store_true",
+        dest="captions",
+        help="--sample: write the classes' names",
+    )
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
@@ -2003,43 +1977,50 @@ def refuse(flags, mode):
 
 
 def read_flags():
-    """-> what to do, what --sample was given beside, and the settings of Config that were given."""
+    """-> what to do and with what, what --sample was given beside, and the settings of Config that
+    were given."""
     given = vars(make_flags().parse_args())
     for name in given.keys() & {"logit_t", "interval"}:
         given[name] = tuple(given[name])
-    modes = {name: given.pop(name) for name in ("demo", "sample", "export", "geometry", "bench")}
-    samples = {name: given.pop(name) for name in ("classes", "n", "labels")}
-    return modes, samples, given
+    mode = ("train", None)
+    for name in ("demo", "sample", "export", "geometry", "bench"):
+        value = given.pop(name)
+        if value not in (None, False):
+            mode = (name, value)
+    samples = {name: given.pop(name) for name in ("classes", "n", "captions")}
+    return mode, samples, given
 
 
 def main():
-    modes, samples, given = read_flags()
-    if modes["sample"] is not None:
-        return sample_command(modes["sample"], **samples, given=given)
-    absent = samples == {"classes": None, "n": None, "labels": False}
+    (mode, value), samples, given = read_flags()
+    rank, world = processes()
+    if mode == "sample":
+        return sample_command(value, **samples, given=given)
+    absent = samples == {"classes": None, "n": None, "captions": False}
     require(absent, "--classes, --n and --labels go with --sample")
-    if not any(mode not in (None, False) for mode in modes.values()):
-        return train(configure(**given))
+    if mode == "train":
+        folder = train(configure(**given))
+        if rank == 0:
+            print(f"to sample: python jlt.py --sample {folder} --classes 0 1")
+        return None
 
-    _, world = processes()
-    require(world == 1, "--demo, --geometry, --export and --bench are for one process")
-    if modes["demo"]:
+    require(world == 1, f"--{mode} is for one process: start it with python, not torchrun")
+    if mode == "demo":
         refuse(given.keys() & {"data", "vae"}, "--demo")
         return demo(given)
-    if modes["bench"]:
+    if mode == "bench":
         refuse(given.keys() & {"data", "out"}, "--bench")
         return bench(given)
-    if modes["export"] is not None:
+    if mode == "export":
         refuse(given, "--export")
-        return export(Path(modes["export"]))
+        return export(Path(value))
     refuse(given.keys() - {"model", "patch_size", "out"}, "--geometry")
     if "out" in given:
         encode.require_new(given["out"])
-    folder = modes["geometry"] or DEMO["data"]
-    if not modes["geometry"]:
-        encode.cache_digits(folder)
-    return geometry(folder, configure(**{"out": "geometry.png"} | given))
+    if value == DEMO["data"]:
+        encode.cache_digits(value)
+    return geometry(value, configure(**{"out": "geometry.png"} | given))
 
 
 if __name__ == "__main__":
-    encode.run(main)
+    encode.run_command(main)

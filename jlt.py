@@ -1480,27 +1480,28 @@ def sample_folder(trained, checkpoint, n, folder, config, device):
     rank, world = processes()
     open_sample_folder(folder, trained, checkpoint, config)
     net, vae = prepare(trained, n, config, device)
+    paths = [folder / f"{i:06d}.png" for i in range(n)]
     size = min(n, config.micro_batch)
     batches = [range(first, first + size) for first in range(0, n, size)][rank::world]
     with ThreadPoolExecutor(8) as writers:
         writing = []
         for numbers in tqdm(batches, unit=f"x {size} images", disable=rank > 0):
-            paths = {i: folder / f"{i:06d}.png" for i in numbers if i < n}
-            if all(path.exists() for path in paths.values()):
+            missing = [i for i in numbers if i < n and not paths[i].exists()]
+            if not missing:
                 continue
-            # The last batch is as large as the others, for the compiler, and cut afterwards.
+            # All of the batch, and the last one as large as the others, for the compiler.
             labels = torch.tensor(numbers) % net.num_classes
             images = pictures(vae, generate(net, labels, numbers, config, device))
             for task in writing:
                 task.result()  # raises what went wrong there
-            writing = []
-            for path, image in zip(paths.values(), images, strict=False):
-                if not path.exists():
-                    writing.append(writers.submit(encode.save_png, path, image))
+            writing = [
+                writers.submit(encode.save_png, paths[i], images[i - numbers.start])
+                for i in missing
+            ]
         for task in writing:
             task.result()
     if rank == 0:
-        while not all((folder / f"{i:06d}.png").exists() for i in range(n)):
+        while not all(path.exists() for path in paths):
             time.sleep(1)  # for the other processes
         print(f"wrote {folder}: {n:,} images, {describe_sampling(config)}")
 

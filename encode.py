@@ -2,15 +2,15 @@
 
     python encode.py imagenet/                         # imagenet/train/<class>/*.JPEG -> latents/
     python encode.py photos/ --out latents_photos      # any folder of class folders
-    torchrun --nproc-per-node 2 encode.py imagenet/    # several GPUs or hosts share the work
+    torchrun --nproc-per-node 2 encode.py imagenet/    # several GPUs share the work
 
 Look at latents/reconstructions.png first: originals, and at the right of each what its latent
 decodes to. Interrupted? Run the same command again: finished shards stay, the one in flight is
 made anew.
 
 This file is also the ground that jlt.py and fid.py stand on. From top to bottom: errors and
-files, pictures, the VAE, the cache, the command; at the end labels, charts, and the digits of
-`jlt.py --demo`.
+files, pictures, the VAE, the cache, the command. What follows main() is for jlt.py alone: labels,
+charts, and the digits of its demo.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-# The default VAE: Apache-2.0, in the folder vae/ of this repository.
+# The default VAE, under the Apache-2.0 licence, in the folder vae/ of this repository of the
+# Hugging Face hub.
 VAE = "black-forest-labs/FLUX.2-klein-4B"
 
 
@@ -59,16 +60,28 @@ def explaining(what, advice, status=2):
     hub each have errors of their own."""
     try:
         yield
-    except (Stop, MemoryError):
+    except (Stop, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
-        raise Stop(f"{what}: {advice} ({reason or type(error).__name__})", status) from None
+        raise Stop(f"{what}: {advice} ({reason_of(error)})", status) from None
+
+
+def reason_of(error):
+    """The first sentence of what an exception says."""
+    reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
+    return reason or type(error).__name__
 
 
 def processes():
     """-> this process's number and how many there are, as torchrun says; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def cores():
+    """-> how many cores this process may use; a container or a scheduler may allow a few only."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def run_command(main):
@@ -86,19 +99,20 @@ def run_command(main):
     except (MemoryError, torch.OutOfMemoryError):
         line = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)"
         status = 1
-    if rank == 0 or status == 1:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr, flush=True)
-    else:
-        # All processes make the same mistake, or got the same signal, and the first one says it;
-        # torchrun ends it as soon as another has left.
+    if rank > 0 and status != 1:
+        # The first process mostly makes the same mistake and says it, and torchrun ends this one
+        # as soon as it has left.
         time.sleep(2)
+    if rank == 0 or status != 130:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary name that becomes `path` once the file is written: whoever reads `path`
-    finds what was there before or all of the new file, also after a power cut."""
+    finds what was there before or all of the new file, also after a power cut. One process at a
+    time may write a path."""
     path = Path(path)
     temporary = path.with_name(f".tmp.{os.getpid()}.{path.name}")
     try:
@@ -111,9 +125,8 @@ def replacing(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError.
-        reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
-        line = f"{path}: cannot be written; is the disk full? What was there is intact ({reason})"
-        raise Stop(line, status=1) from None
+        line = f"{path}: cannot be written; is the disk full? What was there is intact"
+        raise Stop(f"{line} ({reason_of(error)})", status=1) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -178,14 +191,20 @@ EXIF_ORIENTATION = 0x0112  # 1 is upright; a camera held on its side writes 6 or
 
 
 def is_image(name):
-    """By its ending; names that begin with a dot are what Macs and notebooks leave behind."""
+    """By its ending; names that begin with a dot are what Macs leave behind."""
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 def list_images(folder):
-    """Sorted paths, relative to `folder`, of the image files in it and below it."""
+    """Sorted paths, relative to `folder`, of the image files in it and below it, but for folders
+    whose names begin with a dot, which notebooks leave behind."""
+
+    def fail(error):
+        raise error
+
     found = []
-    for root, _, names in os.walk(folder):
+    for root, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
             os.path.relpath(os.path.join(root, name), folder) for name in filter(is_image, names)
         ]
@@ -199,11 +218,12 @@ def open_rgb(path, turn=False):
         if turn:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
-            # Pillow's convert would clip 16 bits to white.
+            # Pillow's convert would clip 16 bits to white. 65535 / 257 is 255.
             image = Image.fromarray(
                 (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)
             )
-        # Of a palette: Pillow would warn of it, and refuse to save the result.
+        # The transparent colour of a palette. Were it left there, Pillow would warn of it here,
+        # and fail when the result is saved.
         image.info.pop("transparency", None)
         return image.convert("RGB")
 
@@ -244,9 +264,15 @@ def image_grid(images, columns):
 
 # =============================================================== the VAE
 class Flux2VAE:
-    """The frozen FLUX.2 autoencoder (diffusers' AutoencoderKLFlux2), with latents as a transformer
-    takes them. Every 2x2 positions of its own 32 channels are one position of 128, normalised by
-    the statistics of its BatchNorm layer `bn`, which diffusers leaves to the caller."""
+    """The FLUX.2 autoencoder (diffusers' AutoencoderKLFlux2), frozen, with latents as a transformer
+    takes them.
+
+    The encoder gives a Gaussian for each position of 32 channels. Its most likely value, the mode,
+    is kept, so that a picture always has the same latent. Each 2x2 positions become one of 128
+    channels. Then each channel is normalised, to about mean 0 and deviation 1, which is the scale
+    of the noise that training adds. The means and variances are those of the training images of
+    FLUX.2; they are in its BatchNorm layer `bn`, which diffusers' own encode and decode leave to
+    their callers."""
 
     def __init__(self, autoencoder):
         self.autoencoder = autoencoder
@@ -271,6 +297,14 @@ class Flux2VAE:
         latents = F.pixel_shuffle(latents, 2)  # (B, 32, 2h, 2w)
         return self.autoencoder.decode(latents.to(self.autoencoder.dtype)).sample.float()
 
+    def compile(self):
+        """For many images of one shape, on CUDA; at the first of them it takes a minute or two."""
+        if self.device.type == "cuda":
+            # One by one: autoencoder.compile() compiles its forward(), which encode() and
+            # decode() do not call.
+            self.autoencoder.encoder.compile(dynamic=False)
+            self.autoencoder.decoder.compile(dynamic=False)
+
     def fingerprint(self):
         """A digest of the weights that make latents; the decoder may be replaced by another."""
         digest = hashlib.sha256()
@@ -280,14 +314,14 @@ class Flux2VAE:
         return digest.hexdigest()[:16]
 
 
-def load_vae(name=VAE, device="cpu", compiled=False):
-    """The VAE of a hub repository or of a local folder (there, or in its vae/), frozen; or, from a
-    file codec.safetensors, the digits' DigitCodec. Raises Stop where there is none, or where the
-    weights are another model's. `compiled`: for many images of one shape, on CUDA."""
+def load_vae(name=VAE, device="cpu"):
+    """The VAE of a hub repository, or of a local folder that holds the weights, itself or in its
+    vae/; or, from a file codec.safetensors, the DigitCodec of the demo (at the end of this file).
+    Raises Stop where there is none, or where the weights are another model's."""
     if str(name).endswith("codec.safetensors"):
         with explaining(f"--vae {name}", "not a codec of drawn digits; jlt.py --demo makes one"):
             return DigitCodec(**load_file(name))
-    by_hand = f"hf download {VAE} --include 'vae/*' --local-dir flux2"
+    by_hand = f"hf download {VAE} --include 'vae/*' --local-dir flux2, then --vae flux2"
     with explaining(f"--vae {name}", f"no AutoencoderKLFlux2 there; to fetch one: {by_hand}"):
         # Here, since the import takes seconds.
         from diffusers import AutoencoderKLFlux2, logging
@@ -309,12 +343,9 @@ def load_vae(name=VAE, device="cpu", compiled=False):
         ]
         require(not problems, f"--vae {name}: holds the weights of another model")
     autoencoder = autoencoder.eval().requires_grad_(False)
-    autoencoder = autoencoder.to(device, memory_format=torch.channels_last)
-    if compiled and torch.device(device).type == "cuda":
-        # Not the whole: autoencoder.encode would pass a compiled forward by.
-        autoencoder.encoder.compile(dynamic=False)
-        autoencoder.decoder.compile(dynamic=False)
-    return Flux2VAE(autoencoder)
+    # In float32, with the TF32 products that cuDNN takes by default on CUDA: they move latents by
+    # 0.2% of their deviation; bfloat16 would by 2%.
+    return Flux2VAE(autoencoder.to(device, memory_format=torch.channels_last))
 
 
 def encode(vae, images):
@@ -353,7 +384,8 @@ class Shard:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             file.seek(self.offsets["latents_flip" if flip else "latents"] + i * size)
-            require(file.readinto(data) == size, f"{self.path}: is shorter than it was", 1)
+            whole = file.readinto(data) == size
+            require(whole, f"{self.path}: is shorter than it was", status=1)
         return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
 
 
@@ -373,22 +405,21 @@ def open_shard(path):
     """-> Shard. Raises Stop for a damaged file, or one that holds no latents."""
     advice = "no shard of latents (N, C, H, W) and labels (N,); delete it and encode again"
     with explaining(path, advice, status=1):
-        # safetensors checks its header against the file's length.
+        # safetensors checks that the header fits the file's length, but does not tell where in the
+        # file a tensor begins. A file is: the header's length in 8 bytes, the header, tensors.
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
             labels = file.get_tensor("labels").long()
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
         latents = header["latents"]
         flipped = header.get("latents_flip", latents)
         count, *shape = latents["shape"]
-        fits = len(shape) == 3 and shape[1] == shape[2] and labels.shape == (count,)
-        fits = (
-            fits and flipped["shape"] == latents["shape"] and flipped["dtype"] == latents["dtype"]
-        )
-        require(fits, f"{path}: {advice}", 1)
+        square = len(shape) == 3 and shape[1] == shape[2]
+        alike = flipped["shape"] == latents["shape"] and flipped["dtype"] == latents["dtype"]
+        fits = square and alike and labels.shape == (count,)
+        require(fits, f"{path}: {advice}", status=1)
+        metadata = header.get("__metadata__", {})
         return Shard(
             path=path,
             settings=json.loads(metadata.get("encode", "{}")),
@@ -404,12 +435,13 @@ def open_shard(path):
 
 
 class LatentDataset(Dataset):
-    """A folder of cached latents, ours or the released code's. Item i is (latent (C, H, W)
-    float32, label); item(i, flip=True) is that of the mirrored image. Raises Stop for a cache that
-    is missing, unfinished, damaged or mixed.
+    """A folder of cached latents, made by encode.py or by the code that the paper's authors
+    released. Item i is (latent (C, H, W) float32, label); item(i, flip=True) is that of the
+    mirrored image. Raises Stop for a cache that is missing, unfinished, damaged or mixed.
 
     `shape` (C, H, W), `labels` (N,), `num_classes`, `class_names` (empty where they are not
-    known), `settings` of the first shard; `origin` tells caches of other pictures or encoders."""
+    known), `settings` of the first shard; `origin` is the same for two caches if they were made
+    from files of the same names with the same encoder."""
 
     def __init__(self, folder):
         folder = Path(folder)
@@ -441,7 +473,7 @@ class LatentDataset(Dataset):
         self.labels = torch.cat([shard.labels for shard in self.shards])
         require(len(self.labels), f"{folder}: holds no latents; was no image readable?")
         low, high = self.labels.aminmax()
-        self.num_classes = self.settings.get("classes", int(high) + 1)
+        self.num_classes = self.settings.get("num_classes", int(high) + 1)
         require(
             low >= 0 and high < self.num_classes,
             f"{folder}: labels {low} to {high} do not fit {self.num_classes} classes",
@@ -459,7 +491,7 @@ class LatentDataset(Dataset):
 
     def item(self, i, flip=False):
         """-> latent i (C, H, W) float32, label."""
-        i = range(len(self))[i]
+        i = range(len(self))[i]  # -1 is the last one
         return self.read(i, flip).float(), int(self.labels[i])
 
     def __getitem__(self, i):
@@ -478,7 +510,7 @@ def read_class_names(folder):
 # =============================================================== the command
 class Photos(Dataset):
     """The images of a folder (or its train/) of class folders. Item i: a crop, uint8 (3, S, S);
-    why it could not be read, or ""; and whether its EXIF data says that it lies on its side."""
+    why it could not be read, or ""; and whether its EXIF data asks to turn or mirror it."""
 
     def __init__(self, folder, size, turn=False):
         root = Path(folder)
@@ -506,19 +538,19 @@ class Photos(Dataset):
 
     def __getitem__(self, i):
         """Runs in the DataLoader's processes."""
-        sideways = False
+        turned = False
         try:
             path = self.root / self.names[i]
             with Image.open(path) as image:
-                sideways = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+                turned = image.getexif().get(EXIF_ORIENTATION) in range(2, 9)
             crop = np.array(center_crop(open_rgb(path, self.turn), self.size))
             reason = ""
         except Exception as error:
             # Pillow raises whatever the file's bytes lead it to.
             crop = np.zeros((self.size, self.size, 3), np.uint8)
-            sideways = False
+            turned = False
             reason = " ".join(str(error).split()) or type(error).__name__
-        return torch.from_numpy(crop).permute(2, 0, 1), reason, sideways
+        return torch.from_numpy(crop).permute(2, 0, 1), reason, turned
 
 
 def cache_settings(vae, photos, args):
@@ -527,7 +559,7 @@ def cache_settings(vae, photos, args):
     return {
         "encoder": vae.fingerprint(),
         "files": hashlib.sha256(os.fsencode(files)).hexdigest()[:16],
-        "classes": len(photos.classes),
+        "num_classes": len(photos.classes),
         "size": args.size,
         "exif": args.exif,
         "shard": args.shard,
@@ -547,11 +579,11 @@ def check_finished_shards(folder, settings):
 
 
 def save_reconstructions(path, vae, photos):
-    """A picture of eight originals, each with what its latent decodes to at its right."""
+    """A picture of up to eight originals, each with what its latent decodes to at its right."""
     step = math.ceil(len(photos) / 8)
     items = [photos[i] for i in range(0, len(photos), step)]
-    originals = [image for image, reason, _ in items if not reason] or [items[0][0]]
-    originals = torch.stack(originals)
+    readable = [image for image, reason, _ in items if not reason]
+    originals = torch.stack(readable or [items[0][0]])  # none: a black one
     decoded = to_uint8(decode(vae, encode(vae, to_float(originals)))).cpu()
     pairs = torch.stack([originals, decoded], 1).flatten(0, 1)
     save_png(path, image_grid(pairs, columns=4 if len(pairs) % 4 == 0 else 2))
@@ -559,6 +591,9 @@ def save_reconstructions(path, vae, photos):
 
 def encode_shards(vae, photos, shards, args, settings):
     """Encodes and writes the shards {path: range of image numbers}."""
+    rank, _ = processes()
+    # One loader for all of them, whose workers go on reading while a shard ends. Each shard takes
+    # its own batches from it.
     batches = []
     for numbers in shards.values():
         batches += [numbers[i : i + args.batch] for i in range(0, len(numbers), args.batch)]
@@ -569,22 +604,22 @@ def encode_shards(vae, photos, shards, args, settings):
         pin_memory=vae.device.type == "cuda",
     )
     loader = iter(loader)
-    bar = tqdm(total=sum(map(len, batches)), unit="image")
+    bar = tqdm(total=sum(map(len, batches)), unit="image", disable=rank > 0)
     # A shard is written while the GPU is at the next.
     with ThreadPoolExecutor(1) as writer, bar:
         writing = None
         for path, numbers in shards.items():
             latents = []
             reasons = []
-            sideways = 0
+            turned = 0
             for _ in range(0, len(numbers), args.batch):
-                images, why, turned = next(loader)  # uint8 (B, 3, S, S)
+                images, batch_reasons, batch_turned = next(loader)  # uint8 (B, 3, S, S)
                 x = to_float(images.to(vae.device, non_blocking=True))
                 both = encode(vae, torch.cat([x, x.flip(-1)])).half().cpu()
                 latents.append(both.unflatten(0, (2, -1)))  # (2, B, C, H, W)
-                reasons += why
-                sideways += int(turned.sum())
-                bar.update(len(why))
+                reasons += batch_reasons
+                turned += int(batch_turned.sum())
+                bar.update(len(images))
 
             skipped = [
                 (photos.names[i], reason)
@@ -605,7 +640,7 @@ def encode_shards(vae, photos, shards, args, settings):
                 photos.labels[numbers][good],
                 number=numbers.start // args.shard,
                 skipped=skipped,
-                sideways=sideways,
+                turned=turned,
                 **settings,
             )
         if writing:
@@ -616,12 +651,12 @@ def finish_cache(folder, photos, settings):
     """Once all shards are there: writes meta.json and says what the cache holds."""
     data = LatentDataset(folder)
     skipped = [pair for shard in data.shards for pair in shard.settings["skipped"]]
-    sideways = sum(shard.settings["sideways"] for shard in data.shards)
+    turned = sum(shard.settings["turned"] for shard in data.shards)
     meta = settings | {
         "classes": photos.classes,
         "images": len(data),
         "skipped": skipped,
-        "sideways": sideways,
+        "turned": turned,
         "loose": photos.loose,
     }
     with replacing(folder / "meta.json") as temporary:
@@ -639,10 +674,10 @@ def finish_cache(folder, photos, settings):
     if without:
         names = ", ".join(f"{photos.classes[label]!a}" for label in sorted(without)[:3])
         line += f"; no image in {len(without)} of the classes ({names})"
-    if sideways and settings["exif"]:
-        line += f"; {sideways} turned upright"
-    elif sideways:
-        line += f"; {sideways} lie on their side by their EXIF data (--exif turns them)"
+    if turned and settings["exif"]:
+        line += f"; {turned} turned upright"
+    elif turned:
+        line += f"; {turned} are not upright, by their EXIF data (--exif turns them)"
     if photos.loose:
         names = ", ".join(f"{name!a}" for name in photos.loose[:3])
         line += f"; {len(photos.loose)} images in no class folder left out ({names})"
@@ -657,17 +692,19 @@ def parse_arguments():
     add("--vae", default=VAE, help="hub repository or folder of a VAE (%(default)s)")
     add("--size", default=256, type=int, help="side of the square crop in pixels (%(default)s)")
     add("--exif", action="store_true", help="turn pictures as their EXIF data asks (ImageNet: no)")
-    add("--batch", default=32, type=int, help="images at a time (%(default)s)")
+    add("--batch", default=32, type=int, help="images at a time, and their mirrors (%(default)s)")
     add("--shard", default=1024, type=int, help="images in a file (%(default)s)")
     add("--workers", default=0, type=int, help="processes that read images (0: the cores)")
     add("--device", default="", help="cuda, mps or cpu (the best there is)")
     args = parser.parse_args()
     for name in ("size", "batch", "shard"):
         require(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be positive")
+    # The VAE makes one position of 8 x 8 pixels; 2 x 2 of them are one of a latent.
     require(args.size % 16 == 0, f"--size {args.size}: must be a multiple of 16")
     require(args.workers >= 0, f"--workers {args.workers}: must not be negative")
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    args.workers = args.workers or math.ceil(os.cpu_count() / local_processes)
+    args.workers = args.workers or math.ceil(cores() / local_processes)
+    require(not args.out.is_file(), f"--out {args.out}: is a file; give a folder")
     return args
 
 
@@ -675,19 +712,16 @@ def main():
     args = parse_arguments()
     rank, world = processes()
     photos = Photos(args.images, args.size, args.exif)
-    device = pick_device(args.device)
-    # Compiling takes two minutes.
-    vae = load_vae(args.vae, device, compiled=len(photos) > 20_000)
-
-    require(not args.out.is_file(), f"--out {args.out}: is a file; give a folder")
+    vae = load_vae(args.vae, pick_device(args.device))
     args.out.mkdir(parents=True, exist_ok=True)
     settings = cache_settings(vae, photos, args)
     done = check_finished_shards(args.out, settings)
-    print(
-        f"{args.out}: {len(photos):,} files, {len(photos.classes)} classes; "
-        f"{len(done)} of {settings['shards']} shards there already",
-        file=sys.stderr,
-    )
+    if rank == 0:
+        print(
+            f"{args.out}: {len(photos):,} files, {len(photos.classes)} classes; "
+            f"{len(done)} of {settings['shards']} shards there already",
+            file=sys.stderr,
+        )
 
     shards = {}
     for number in range(settings["shards"]):
@@ -698,6 +732,8 @@ def main():
         save_reconstructions(args.out / "reconstructions.png", vae, photos)
     mine = list(shards)[rank::world]
     missing = {path: shards[path] for path in mine if not path.exists()}
+    if sum(map(len, missing.values())) > 20_000:
+        vae.compile()
     encode_shards(vae, photos, missing, args, settings)
 
     if rank == 0:
@@ -817,6 +853,7 @@ def draw_digits(n, seed):
     paths = pen_paths()[labels] / 9 - (0.5 + 0.5j)  # (n, 12), about the origin
     shaken = torch.randn(2, n, STROKE_POINTS, generator=generator)
     paths = paths + 0.012 * torch.complex(shaken[0], shaken[1])
+    # Digits are narrower than tall, and lean.
     slanted = 0.75 * paths.real + uniform(-0.15, 0.15, 1) * paths.imag
     paths = torch.complex(slanted, paths.imag)
     paths = paths * torch.polar(uniform(20, 24, 1), uniform(-0.12, 0.12, 1))  # size, rotation
@@ -844,7 +881,7 @@ def draw_digits(n, seed):
 
 class DigitCodec:
     """FLUX.2's VAE in miniature, for drawn digits: a patch of 16x16x3 pixels becomes its 128
-    principal components, all over one scale, so that directions of low variance stay low."""
+    principal components, all divided by one number, so that weak ones stay weak."""
 
     def __init__(self, mean, basis, scale):
         self.mean = mean  # (768, 1, 1)
@@ -863,6 +900,9 @@ class DigitCodec:
         latents = latents.cpu().float() * self.scale
         patches = torch.einsum("bdhw,cd->bchw", latents, self.basis) + self.mean
         return F.pixel_shuffle(patches, 16)
+
+    def compile(self):
+        """A matrix product has nothing to compile."""
 
     def save(self, path):
         """Writes what load_vae reads."""

@@ -1,4 +1,10 @@
-"""FID and Inception Score as torch-fidelity 0.4 computes them, which is what the paper reports.
+"""FID and Inception Score of pictures, as torch-fidelity 0.4 computes them.
+
+FID, the Frechet Inception Distance, says how far a set of pictures is from a set of real ones; 0 is
+best. A network that was trained to tell 1,000 classes apart, Inception, makes 2,048 features of
+each picture. Each set then has a mean and a covariance of features, and the distance is that of
+the two Gaussians. The JLT paper (arXiv 2605.27102) reports FID of 50,000 samples against the
+training set of ImageNet, whose statistics ADM (Dhariwal & Nichol 2021) has published.
 
     python fid.py samples/ VIRTUAL_imagenet256_labeled.npz     # ADM's reference statistics
     python fid.py samples.npz photos/                          # images against images
@@ -7,13 +13,12 @@
 
 Images are a folder, searched recursively, or an npz whose arr_0 is uint8 (N, H, W, 3). They are
 scored as they are; --size crops those of folders, as encode.py does. Memory is constant but for
-4 kB an image.
+4 kB an image; some 130 images wait in it as they are, so crop large ones.
 """
 
 import contextlib
 import itertools
 import math
-import os
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +35,7 @@ from tqdm import tqdm
 
 from encode import (
     center_crop,
+    cores,
     explaining,
     list_images,
     make_parser,
@@ -42,7 +48,7 @@ from encode import (
     run_command,
 )
 
-# The number at the end of the name is the beginning of the file's sha256.
+# torch.hub compares the digits at the end of the name with the file's sha256.
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 FEATURES = 2048
@@ -74,11 +80,11 @@ class Statistics:
         x = to_float64(features)
         fits = x.shape[1:] == self.mean.shape and len(x) > 0
         wanted = f"should be (B, {len(self.mean)}), free of NaN and infinity"
-        require(fits and np.isfinite(x).all(), f"features {x.shape} {wanted}", 1)
+        require(fits and np.isfinite(x).all(), f"features {x.shape} {wanted}", status=1)
 
-        # Chan, Golub, LeVeque 1979: the scatter of old and new together is that of each about its
-        # own mean, and n_old n_new / n (shift shift^T), here as one more row. Plain sums of
-        # squares would cancel where the mean is large.
+        # Chan, Golub, LeVeque 1979: scatter = scatter_old + scatter_new
+        #     + (n_old * n_new / n) * outer(shift, shift), the last term here as one more row.
+        # Plain sums of squares would lose digits where the mean is large.
         n = self.n + len(x)
         shift = x.mean(0) - self.mean
         between = shift * math.sqrt(self.n * len(x) / n)
@@ -99,10 +105,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     shapes = [x.shape for x in given]
     fits = shapes == [dim, dim + dim, dim, dim + dim]
     finite = all(np.isfinite(x).all() for x in given)
-    require(fits and finite, f"expected finite mu (D,) and sigma (D, D) twice, got {shapes}", 1)
+    require(
+        fits and finite, f"expected finite mu (D,) and sigma (D, D) twice, got {shapes}", status=1
+    )
 
-    # With S1 = R R^T, the eigenvalues of S1 S2 are those of R^T S2 R. That is symmetric, and its
-    # solver is exact and quick; solvers for S1 S2 itself stray where it is singular.
+    # The trace of a matrix's root is the sum of the roots of its eigenvalues. With S1 = R R^T,
+    # S1 S2 has the eigenvalues of R^T S2 R, which is symmetric: its solver is stable and quick,
+    # where solvers for S1 S2 itself stray if it is singular. Rounding may leave an eigenvalue
+    # barely below 0.
     values, vectors = eigh(sigma1)
     root = vectors * np.sqrt(values.clip(0))
     values = eigvalsh(root.T @ sigma2 @ root)
@@ -120,7 +130,7 @@ def inception_score(logits, splits=10):
     logits = torch.as_tensor(logits)
     n = len(logits)
     enough = n >= splits and logits.isfinite().all()
-    require(enough, f"expected finite logits of at least {splits} images, got {n}", 1)
+    require(enough, f"expected finite logits of at least {splits} images, got {n}", status=1)
 
     # Shuffled, by torch-fidelity's seed: a split of samples in the order of their classes would
     # hold few of them, and score 30% lower.
@@ -146,6 +156,7 @@ def inception_score(logits, splits=10):
 def resize_rows(x):
     """Every row of x (..., W) to 299 pixels, float32: pixel i is read at i * W / 299."""
     width = x.shape[-1]
+    # In float32 as there; in float64 other pixels would be read.
     scale = torch.tensor(width / 299, dtype=torch.float32)
     position = torch.arange(299, device=x.device).float() * scale
     left = position.long()
@@ -157,8 +168,8 @@ def resize_rows(x):
 
 def tf_resize(images):
     """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in [-1, 1), bit for bit as TensorFlow 1:
-    bilinear, without the shift by half a pixel that other libraries have, without antialiasing or
-    rounding. Raises Stop for other input."""
+    bilinear, pixel i read at i * W / 299 (other libraries: at (i + 1/2) * W / 299 - 1/2), without
+    antialiasing or rounding. Raises Stop for other input."""
     fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
     got = f"{images.dtype} {tuple(images.shape)}"
     require(fits, f"expected images uint8 (B, 3, H, W), got {got}")
@@ -434,7 +445,7 @@ class FolderImages:
 
     def __iter__(self):
         """Gives out 64 images while threads decode the next 64."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             ahead = pool.map(self.read, self.names[:64])
             for start in range(64, len(self) + 64, 64):
                 now = ahead
@@ -507,8 +518,8 @@ class SavedStatistics(NamedTuple):
 
 
 def read_statistics(path):
-    """An npz with mu and sigma, or ref_mu and ref_sigma -> SavedStatistics. ADM's file has images,
-    too: they are a few of those that mu and sigma are of, and are not read."""
+    """An npz with mu and sigma, or ref_mu and ref_sigma -> SavedStatistics. ADM's file also holds
+    some of the images; they are not read, since mu and sigma are of all of them."""
     with explaining(path, NO_NPZ), np.load(path, allow_pickle=False) as file:
         prefix = "ref_" if "ref_mu" in file else ""
         mu = file[prefix + "mu"].astype(np.float64)
@@ -523,10 +534,11 @@ def read_statistics(path):
 
 def save_statistics(path, statistics, source):
     """Writes what read_statistics reads."""
+    # A file, since np.savez would add .npz to a name.
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
-            # Precisions as the evaluation in JiT's code wants them.
+            # JiT's evaluation code expects mu as float32 and sigma as float64.
             mu=statistics.mean.astype(np.float32),
             sigma=statistics.cov,
             n=statistics.n,

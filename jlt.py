@@ -36,7 +36,6 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import signal
 import tempfile
 import time
@@ -659,7 +658,7 @@ def micro_batches(data, config, device, start=0):
     loader = DataLoader(
         PickedLatents(data),
         batch_sampler=reading_order(len(data), config, start),
-        num_workers=min(config.workers, os.cpu_count()),
+        num_workers=min(config.workers, encode.cores()),
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
     )
@@ -1016,7 +1015,7 @@ class Log:
         self.clear()
 
     def append(self, row):
-        full_disk = encode.explaining(self.path, "cannot be written; is the disk full?", 1)
+        full_disk = encode.explaining(self.path, "cannot be written; is the disk full?", status=1)
         with full_disk, open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -1027,7 +1026,7 @@ class Log:
             step = self.run.step - len(losses) + 1 + int(bad.int().argmax())
             line = f"{self.run.folder}: the loss or gradient of step {step:,} is not finite"
             advice = "any checkpoint is from before it; try a lower --lr, or --precision fp32"
-            raise Stop(f"{line}; {advice}", 1)
+            raise Stop(f"{line}; {advice}", status=1)
 
     def show(self, row):
         """Prints the row; every ten times log_every steps the loss by t, too."""
@@ -1073,7 +1072,7 @@ def generate(net, labels, numbers, config, device):
 def pictures(vae, latents):
     """-> uint8 (N, 3, H, W) on the CPU."""
     line = "the sampled latents are not finite: damaged weights, or too large a --cfg"
-    require(latents.isfinite().all(), line, 1)
+    require(latents.isfinite().all(), line, status=1)
     images = [encode.to_uint8(vae.decode(part)).cpu() for part in latents.split(32)]
     return torch.cat(images)
 
@@ -1226,7 +1225,7 @@ def finish(run, stopped):
         dist.destroy_process_group()
     if stopped:
         line = f"{run.folder}: stopped by a signal, saved at step {run.step:,}"
-        raise Stop(f"{line}; the same command continues", 130)
+        raise Stop(f"{line}; the same command continues", status=130)
     if rank == 0:
         write_ema(run.folder / "ema.safetensors", average_of(run))
         print(f"{run.folder}: {run.step:,} steps done", flush=True)
@@ -1365,7 +1364,7 @@ def find_checkpoint(name):
     logging.set_verbosity_error()  # no line for each try
     print(f"{name}: no such file here; asking the hub for that repository ...", flush=True)
     by_hand = f"fetch it by hand: hf download {name} checkpoint-last.pth --local-dir ."
-    with encode.explaining(name, f"not to be had from the hub; {by_hand}", 1):
+    with encode.explaining(name, f"not to be had from the hub; {by_hand}", status=1):
         try:
             return Path(hf_hub_download(name, "checkpoint-last.pth"))
         except LocalEntryNotFoundError:
@@ -1433,13 +1432,14 @@ def class_label(word, trained):
 def prepare(trained, count, config, device):
     """-> the network and the VAE on the device, compiled if it is worth the minutes."""
     compiled = compiles(config, device) and (count >= 64 or config.compile == "on")
-    vae = encode.load_vae(config.vae, device, compiled)
+    vae = encode.load_vae(config.vae, device)
     channels = trained.net.in_channels
     line = f"--vae {config.vae}: decodes {vae.channels} channels, the network makes {channels}"
     require(vae.channels == channels, line)
     net = trained.net.to(device)
     if compiled:
         net.compile(dynamic=False)
+        vae.compile()
     return net, vae
 
 
@@ -1880,7 +1880,9 @@ def bench(given):
     print(f"sampling: {1 / per_image:,.2f} guided images/s, {config.sample_steps} Heun steps")
     counted = "without decoding, for which give --vae"
     if config.vae:
-        vae = encode.load_vae(config.vae, device, compiles(small, device))
+        vae = encode.load_vae(config.vae, device)
+        if compiles(small, device):
+            vae.compile()
         some = latents[: min(size, 32)]
         images = pictures(vae, some)
         encoding = seconds_for(lambda: encode.encode(vae, encode.to_float(images)).cpu())
@@ -1890,7 +1892,7 @@ def bench(given):
         )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "0.png"
-            writing = seconds_for(lambda: encode.save_png(path, images[0])) / os.cpu_count()
+            writing = seconds_for(lambda: encode.save_png(path, images[0])) / encode.cores()
         per_image += decoding / len(some) + writing
         counted = "decoded and written"
     hours = config.steps * config.batch / rate / 3600

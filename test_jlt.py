@@ -444,7 +444,9 @@ def test_exif_turns_a_picture_only_if_asked(tmp_path):
 
 def test_images_are_listed_by_name_and_without_hidden_ones(tmp_path):
     (tmp_path / "deep/er").mkdir(parents=True)
-    for name in ("b.JPEG", "a.png", "deep/c.WebP", "deep/er/d.tiff", "._a.png", "a.txt", "png"):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    pictures = ("b.JPEG", "a.png", "deep/c.WebP", "deep/er/d.tiff")
+    for name in (*pictures, "._a.png", ".ipynb_checkpoints/a.png", "a.txt", "png"):
         (tmp_path / name).write_bytes(b"")
     assert encode.list_images(tmp_path) == ["a.png", "b.JPEG", "deep/c.WebP", "deep/er/d.tiff"]
 
@@ -582,7 +584,7 @@ def test_meta_json_says_what_a_cache_holds(cache, vae):
     assert [name for name, _ in meta["skipped"]] == list(BAD_PHOTOS)
     assert all(reason for _, reason in meta["skipped"])
     assert (meta["size"], meta["shards"], meta["vae"]) == (32, 5, str(vae))
-    assert (meta["loose"], meta["sideways"]) == (["loose.png"], 1)
+    assert (meta["loose"], meta["turned"]) == (["loose.png"], 1)
 
 
 @pytest.mark.parametrize(
@@ -591,7 +593,7 @@ def test_meta_json_says_what_a_cache_holds(cache, vae):
         "20 images and their mirror images in 5 shards",
         "3 files skipped",
         "no image in 1 of the classes ('c_empty')",
-        "1 lie on their side by their EXIF data (--exif turns them)",
+        "1 are not upright, by their EXIF data (--exif turns them)",
         "1 images in no class folder left out ('loose.png')",
     ],
 )
@@ -1013,7 +1015,7 @@ OTHER_SHAPE = shard_bytes(shape=(8, 2, 2))
         ([WHOLE, OTHER_SHAPE], 2, "mixes latents of different shape or origin"),
         ([shard_bytes(encoder=name) for name in "ab"], 2, "mixes latents"),
         ([shard_bytes(files=name) for name in "ab"], 2, "mixes latents"),
-        ([shard_bytes(classes=2)], 2, "labels 0 to 2 do not fit 2 classes"),
+        ([shard_bytes(num_classes=2)], 2, "labels 0 to 2 do not fit 2 classes"),
         ([shard_bytes(labels=(0, -1, 1, 2))], 2, "labels -1 to 2 do not fit 3 classes"),
         ([WHOLE, b""], 1, "latents_00001.safetensors: no shard of latents"),
         ([WHOLE, b"no shard at all"], 1, "latents_00001.safetensors: no shard of latents"),
@@ -1195,9 +1197,20 @@ def test_other_faults_keep_their_traceback(monkeypatch, error):
         encode.run_command(main)
 
 
-def test_a_fault_of_one_process_is_told_by_that_process(ends, monkeypatch):
+@pytest.mark.parametrize("status", [1, 2])
+def test_a_fault_of_one_process_is_told_by_that_process(ends, monkeypatch, status):
     monkeypatch.setenv("RANK", "1")
-    assert ends(encode.Stop("disk 1 is full", status=1)) == (1, "program.py: disk 1 is full\n")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    fault = encode.Stop("GPU 1 is lost", status=status)
+    assert ends(fault) == (status, "program.py: GPU 1 is lost\n")
+
+
+def test_that_a_signal_came_is_told_by_the_first_process_only(ends, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    stopped = encode.Stop("stopped by a signal", status=130)
+    assert ends(stopped) == (130, "program.py: stopped by a signal\n")
+    monkeypatch.setenv("RANK", "1")
+    assert ends(stopped) == (130, "")
 
 
 def test_a_program_without_faults_just_returns(capsys):
@@ -5016,13 +5029,10 @@ def test_data_that_cannot_be_trained_on_is_refused(train, tmp_path, flags, words
     assert not (tmp_path / "run").exists()
 
 
-def test_of_a_mistake_under_torchrun_only_the_first_process_tells(train, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(train("--data", "nowhere"), "nowhere: no such folder")
-    monkeypatch.setenv("RANK", "1")
-    status, _, stderr = train("--data", "nowhere")
-    assert status == 2
-    assert stderr == ""
+def test_of_a_mistake_under_torchrun_only_the_first_process_tells():
+    result = call("jlt.py", "--data", "nowhere", processes=3)
+    assert result.returncode
+    assert result.stderr.count("jlt.py: nowhere: no such folder") == 1
 
 
 def test_more_processes_than_micro_batches_are_refused(train, monkeypatch):

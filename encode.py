@@ -140,6 +140,12 @@ def require_new(path):
     require(writable, f"{path}: no permission to write in the folder {path.parent}")
 
 
+def wait_for_files(paths):
+    """Until the other processes have written theirs."""
+    while not all(path.exists() for path in paths):
+        time.sleep(1)
+
+
 def refuse_changes(path, old, new):
     """Raises Stop, naming what differs, unless `old` holds all that `new` does."""
     other = [name for name in new if old.get(name) != new[name]]
@@ -737,8 +743,7 @@ def main():
     encode_shards(vae, photos, missing, args, settings)
 
     if rank == 0:
-        while not all(path.exists() for path in shards):
-            time.sleep(1)  # for the other processes
+        wait_for_files(shards)
         finish_cache(args.out, photos, settings)
 
 

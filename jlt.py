@@ -1501,8 +1501,7 @@ def sample_folder(trained, checkpoint, n, folder, config, device):
         for task in writing:
             task.result()
     if rank == 0:
-        while not all(path.exists() for path in paths):
-            time.sleep(1)  # for the other processes
+        encode.wait_for_files(paths)
         print(f"wrote {folder}: {n:,} images, {describe_sampling(config)}")
 
 

@@ -4656,6 +4656,26 @@ def test_a_run_that_was_given_away_samples(cli, sample_run, run, tmp_path, name)
     assert (tmp_path / "whole.png").read_bytes() == (tmp_path / "given.png").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["ckpt.pt", "ema.safetensors"])
+def test_a_run_samples_with_its_own_settings_but_for_those_given(
+    cli, named_cache, decoder, tmp_path, name
+):
+    run = train_once(
+        tmp_path / "run",
+        **{"data": str(named_cache), "vae": str(decoder), "steps": 1, "t_eps": 0.1},
+        **{"target": "v", "sample_steps": 3, "cfg": 1.5, "interval": (0.0, 0.5)},
+    )
+    flags = ["--sample", run / name, "--device", "cpu", "--n", 1, "--out"]
+    status, out, _ = cli(jlt, *flags, tmp_path / "own")
+    assert status == 0
+    assert "v-prediction, 3 Heun steps, guidance 1.5 on (0.0, 0.5), seed 0" in out
+    status, out, _ = cli(jlt, *flags, tmp_path / "given", "--cfg", 2, "--interval", 0.2, 1)
+    assert status == 0
+    assert "v-prediction, 3 Heun steps, guidance 2 on (0.2, 1.0), seed 0" in out
+    settings = json.loads((tmp_path / "given/settings.json").read_text())
+    assert (settings["t_eps"], settings["vae"]) == (0.1, str(decoder))
+
+
 # =============================================================== sampling: a folder
 def test_n_images_are_a_folder_of_numbered_pictures_and_their_settings(sampled, decoder):
     folder = sampled("--n", 6, out="folder")
@@ -4735,6 +4755,14 @@ def test_each_process_makes_its_own_share(sampled, monkeypatch):
         folder = sampled("--n", 7, "--micro-batch", 2, out="folder")
         there |= {f"{i:06d}.png" for i in numbers}
         assert set(files_of(folder)) == there
+
+
+def test_the_first_process_ends_when_all_pictures_are_there(sampled, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    last = tmp_path / "folder/000001.png"
+    threading.Timer(3, last.write_bytes, [b""]).start()
+    sampled("--n", 2, "--micro-batch", 1, out="folder")
+    assert last.exists()
 
 
 def test_one_process_draws_the_picture_of_classes(cli, sampling, tmp_path, monkeypatch):

@@ -1679,9 +1679,9 @@ def geometry(folder, config):
         )
     print("(R: least error by dimension, (5)-(6); gain: E[target|z] / z in the smallest direction)")
 
-    ranked = {f"y_{k}": list(enumerate(s.tolist(), 1)) for k, s in spectra.items()}
+    ranked = {k: list(enumerate(s.tolist(), 1)) for k, s in spectra.items()}
     times = [i / 100 for i in range(1, 100)]
-    risks = {f"R_{k}": [(t, gaussian_risk(lam, t)[k]) for t in times] for k in spectra}
+    risks = {k: [(t, gaussian_risk(lam, t)[k]) for t in times] for k in spectra}
     left = encode.chart("Eigenvalues of each target's covariance", "rank", ranked)
     right = encode.chart("Least error by dimension", "t (0 is noise, 1 is data)", risks)
     encode.save_png(out, torch.cat([left, right], 2))
@@ -1795,7 +1795,8 @@ def demo(given):
     # Settings that are not the demo's own get a folder of their own.
     free = (FREE - {"steps"}) | {"target"}
     changed = [f"{name}-{given[name]}" for name in sorted(given) if name not in free]
-    name = "-".join(["demo", *changed]).replace("/", "-").replace(" ", "")
+    name = "-".join(["demo", *changed]).replace("/", "-")
+    name = "".join(letter for letter in name if letter not in " ()")
     out = Path(given.get("out", f"runs/{name}"))
     config = configure(**DEMO | given)
     device = encode.pick_device(config.device)

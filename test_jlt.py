@@ -105,10 +105,10 @@ def noise(width, height, seed=0):
     return Image.fromarray(generator.randint(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def lying_on_its_side():
-    """-> what a camera that was held on its side writes into its pictures."""
+def oriented(value):
+    """-> what a camera writes into its pictures: 1 if it was held upright, 6 on its side."""
     exif = Image.Exif()
-    exif[encode.EXIF_ORIENTATION] = 6
+    exif[encode.EXIF_ORIENTATION] = value
     return exif
 
 
@@ -213,11 +213,11 @@ def photos(tmp_path_factory):
     odd = root / "d_odd"
     picture = noise(50, 50)
     picture.convert("L").save(odd / "gray.png")
-    picture.convert("CMYK").save(odd / "cmyk.jpg")
+    picture.convert("CMYK").save(odd / "cmyk.jpg", exif=oriented(1))
     picture.convert("P").save(odd / "palette.gif")
     picture.convert("RGBA").save(odd / "alpha.png")
     picture.resize((3, 5)).save(odd / "tiny.png")
-    noise(60, 40).save(odd / "side.jpg", exif=lying_on_its_side())
+    noise(60, 40).save(odd / "side.jpg", exif=oriented(6))
     deep = np.random.RandomState(0).randint(0, 65536, (50, 60), dtype=np.uint16)
     Image.fromarray(deep).save(odd / "deep.png")
     jpeg = (root / "b_cats/0.JPEG").read_bytes()
@@ -266,7 +266,7 @@ def few_photos(tmp_path):
     (tmp_path / "few/val").mkdir()
     noise(40, 32).save(tmp_path / "few/train/one/a.png")
     noise(32, 40).save(tmp_path / "few/train/one/b.png")
-    noise(60, 40).save(tmp_path / "few/train/one/c.png", exif=lying_on_its_side())
+    noise(60, 40).save(tmp_path / "few/train/one/c.png", exif=oriented(6))
     noise(50, 60).save(tmp_path / "few/train/two/d.png")
     return tmp_path / "few"
 
@@ -436,7 +436,7 @@ def test_the_first_frame_of_an_animation_is_read(tmp_path):
 
 
 def test_exif_turns_a_picture_only_if_asked(tmp_path):
-    RGB.save(tmp_path / "side.png", exif=lying_on_its_side())
+    RGB.save(tmp_path / "side.png", exif=oriented(6))
     assert np.array_equal(encode.open_rgb(tmp_path / "side.png"), RGB)
     clockwise = np.rot90(RGB, -1)
     assert np.array_equal(encode.open_rgb(tmp_path / "side.png", turn=True), clockwise)
@@ -833,6 +833,16 @@ def test_each_process_encodes_its_own_shards(cache, cli, tmp_path, monkeypatch):
     assert cli(encode, *cache.arguments, "--out", out)[0] == 0
     mine = ("latents_00001.safetensors", "latents_00003.safetensors")
     assert files_of(out) == {name: expected[name] for name in mine}
+
+
+def test_the_first_process_ends_when_all_shards_are_there(cache, cli, tmp_path, monkeypatch):
+    out = tmp_path / "latents"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("latents_00001.safetensors", "latents_00003.safetensors"):
+        shutil.copy(cache.folder / name, tmp_path)
+        threading.Timer(3, os.replace, [tmp_path / name, out / name]).start()
+    assert cli(encode, *cache.arguments, "--out", out)[0] == 0
+    assert files_of(out) == files_of(cache.folder)
 
 
 def test_two_processes_make_the_same_bytes(cache, tmp_path):
@@ -4720,7 +4730,7 @@ def test_killed_sampling_is_continued_to_the_same_bytes(sampled, sampling, tmp_p
 def test_a_removed_image_comes_back_and_the_others_stay(sampled):
     folder = sampled("--n", 5, "--micro-batch", 2, out="folder")
     whole = files_of(folder)
-    (folder / "000002.png").unlink()
+    (folder / "000003.png").unlink()  # the second one of its batch
     written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     sampled("--n", 5, "--micro-batch", 2, out="folder")
     assert files_of(folder) == whole

@@ -1683,7 +1683,7 @@ def geometry(folder, config):
     times = [i / 100 for i in range(1, 100)]
     risks = {k: [(t, gaussian_risk(lam, t)[k]) for t in times] for k in spectra}
     left = encode.chart("Eigenvalues of each target's covariance", "rank", ranked)
-    right = encode.chart("Least error by dimension", "t (0 is noise, 1 is data)", risks)
+    right = encode.chart("Least error per dimension", "t (0 is noise, 1 is data)", risks)
     encode.save_png(out, torch.cat([left, right], 2))
     print(f"\nwrote {out}")
 

@@ -1606,7 +1606,7 @@ def tokens(latents, patch_size):
 
 
 def linear_probe(fit, held_out, t):
-    """App. D: errors by dimension, on held-out tokens (N, D), of the best linear predictors of x
+    """App. D: errors per dimension, on held-out tokens (N, D), of the best linear predictors of x
     and of v from z at time t (ridge regression), to set beside gaussian_risk."""
     x = torch.cat([fit, held_out]).double()
     eps = torch.randn(x.shape, generator=rng(NOISE, 0), dtype=x.dtype)
@@ -1677,7 +1677,9 @@ def geometry(folder, config):
             f"{t:4.1f} {risk['x']:7.4f} {risk['eps']:7.4f} {risk['v']:7.4f} "
             f"{probe['x']:17.4f} {probe['v']:7.4f} {gain_x:19.4f} {gain_v:7.3f}"
         )
-    print("(R: least error by dimension, (5)-(6); gain: E[target|z] / z in the smallest direction)")
+    print(
+        "(R: least error per dimension, (5)-(6); gain: E[target|z] / z in the smallest direction)"
+    )
 
     ranked = {k: list(enumerate(s.tolist(), 1)) for k, s in spectra.items()}
     times = [i / 100 for i in range(1, 100)]

@@ -54,6 +54,12 @@ def require(condition, line, status=2):
         raise Stop(line, status)
 
 
+def reason_of(error):
+    """The first sentence of what an exception says."""
+    reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
+    return reason or type(error).__name__
+
+
 @contextlib.contextmanager
 def explaining(what, advice, status=2):
     """Makes a Stop of whatever goes wrong inside: Pillow, zip, safetensors, torch.load and the
@@ -64,12 +70,6 @@ def explaining(what, advice, status=2):
         raise
     except Exception as error:
         raise Stop(f"{what}: {advice} ({reason_of(error)})", status) from None
-
-
-def reason_of(error):
-    """The first sentence of what an exception says."""
-    reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
-    return reason or type(error).__name__
 
 
 def processes():
@@ -142,8 +142,9 @@ def require_new(path):
 
 def wait_for_files(paths):
     """Until the other processes have written theirs."""
-    while not all(path.exists() for path in paths):
-        time.sleep(1)
+    for path in paths:
+        while not path.exists():
+            time.sleep(0.1)
 
 
 def refuse_changes(path, old, new):

@@ -530,7 +530,8 @@ def check_config(config):
     for name in ("num_heads", "bottleneck", "micro_batch", "save_every", "sample_every", "workers"):
         need(getattr(config, name) >= 0, name, "0 or more")
     for name in ("lr", "warmup_epochs"):
-        need(0 <= getattr(config, name) < math.inf, name, "a number, 0 or more")
+        # Far below the largest float, so that a product with the images of an epoch is one, too.
+        need(0 <= getattr(config, name) < 1e15, name, "a number, 0 or more")
     for name in ("cooldown", "label_drop"):
         need(0 <= getattr(config, name) <= 1, name, "from 0 to 1")
     need(0 <= config.seed < 2**63, "seed", "0 or more, and below 2^63")
@@ -1079,8 +1080,8 @@ def pictures(vae, latents):
 
 
 def load_decoder(run):
-    """-> the VAE that draws samples on the way, or None where it is not to be had: pictures are
-    worth a line, not the run."""
+    """-> the VAE that draws samples on the way, or None where it is not to be had: that costs the
+    pictures, not the run, and a line says so."""
     config = run.config
     rank, _ = processes()
     if rank or not 0 < config.sample_every <= config.steps:
@@ -1400,7 +1401,7 @@ def sample_command(name, classes, n, captions, given):
     device = encode.pick_device(config.device)
     path = checkpoint_file(find_checkpoint(name))
     trained = load_network(path)
-    decided = {name: value for name, value in trained.settings.items() if name not in given}
+    decided = {key: value for key, value in trained.settings.items() if key not in given}
     config = replace(config, **decided)
     made_by = f"cfg{config.cfg:g}_steps{config.sample_steps}_seed{config.seed}"
     home = path.parent if (path.parent / "run.json").exists() else Path()
@@ -1416,7 +1417,6 @@ def sample_command(name, classes, n, captions, given):
 
 def class_label(word, trained):
     """The number or the name of a class -> its label. Raises Stop for others, naming near ones."""
-
     names = trained.class_names
     last = trained.net.num_classes - 1
     if word.isdigit():
@@ -1524,8 +1524,8 @@ def open_sample_folder(folder, trained, checkpoint, config):
     }
     path = folder / "settings.json"
     rank, _ = processes()
-    while rank > 0 and not path.exists():
-        time.sleep(0.1)  # the first process writes it
+    if rank > 0:
+        encode.wait_for_files([path])  # the first process writes it
     if path.exists():
         with encode.explaining(path, "damaged; give another --out"):
             old = json.loads(path.read_text())
@@ -1888,7 +1888,7 @@ def bench(given):
             vae.compile()
         some = latents[: min(size, 32)]
         images = pictures(vae, some)
-        encoding = seconds_for(lambda: encode.encode(vae, encode.to_float(images)).cpu())
+        encoding = seconds_for(lambda: vae.encode(encode.to_float(images)).cpu())
         decoding = seconds_for(lambda: pictures(vae, some))
         print(
             f"VAE: {len(some) / encoding:,.1f} images/s encode, {len(some) / decoding:,.1f} decode"

@@ -3391,7 +3391,7 @@ def test_help_says_the_defaults(cli):
         ("--lr -1", "--lr -1.0: must be a number, 0 or more"),
         ("--lr inf", "--lr inf: must be a number"),
         ("--lr nan", "--lr nan: must be a number"),
-        ("--warmup-epochs inf", "--warmup-epochs inf: must be a number"),
+        ("--warmup-epochs 1e308", "--warmup-epochs 1e+308: must be a number"),
         ("--cfg nan", "--cfg nan: must be a number"),
         ("--ema 1.5", "--ema 1.5: must be from 0 to below 1"),
         ("--ema 1", "--ema 1.0: must be from 0 to below 1"),
@@ -5067,10 +5067,19 @@ def test_data_that_cannot_be_trained_on_is_refused(train, tmp_path, flags, words
     assert not (tmp_path / "run").exists()
 
 
-def test_of_a_mistake_under_torchrun_only_the_first_process_tells():
-    result = call("jlt.py", "--data", "nowhere", processes=3)
-    assert result.returncode
-    assert result.stderr.count("jlt.py: nowhere: no such folder") == 1
+def test_of_a_mistake_under_torchrun_only_the_first_process_tells(train, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(train("--data", "nowhere"), "nowhere: no such folder")
+
+    def ended_by_torchrun(seconds):
+        sys.exit(-signal.SIGTERM)
+
+    # The first process says it and leaves, whereupon torchrun ends the others while they wait.
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(time, "sleep", ended_by_torchrun)
+    status, _, stderr = train("--data", "nowhere")
+    assert status == -signal.SIGTERM
+    assert stderr == ""
 
 
 def test_more_processes_than_micro_batches_are_refused(train, monkeypatch):

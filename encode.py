@@ -4,13 +4,11 @@
     python encode.py photos/ --out latents_photos      # any folder of class folders
     torchrun --nproc-per-node 2 encode.py imagenet/    # several GPUs share the work
 
-Look at latents/reconstructions.png first: originals, and at the right of each what its latent
-decodes to. Interrupted? Run the same command again: finished shards stay, the one in flight is
-made anew.
+Look at latents/reconstructions.png first: originals, and below each of them what its latent decodes
+to. Interrupted? The same command continues: finished shards stay.
 
-This file is also the ground that jlt.py and fid.py stand on. From top to bottom: errors and
-files, pictures, the VAE, the cache, the command. What follows main() is for jlt.py alone: labels,
-charts, and the digits of its demo.
+This file is also the ground that jlt.py and fid.py stand on. From top to bottom: mistakes, files
+and folders; pictures; the VAE; the cache; the command; and, for jlt.py's demo alone, drawn digits.
 """
 
 import argparse
@@ -19,18 +17,18 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -39,37 +37,69 @@ from tqdm import tqdm
 VAE = "black-forest-labs/FLUX.2-klein-4B"
 
 
-# =============================================================== errors and files
+# =============================================================== mistakes, files and folders
 class Stop(ValueError):
-    """A fault that one line explains. Exit status 2 is bad usage, 1 a fault on the way."""
+    """A mistake that one line explains."""
 
-    def __init__(self, line, status=2):
-        super().__init__(line)
-        self.status = status
+    def __init__(self, line):
+        # A DataLoader hands on what its reader processes raise as a traceback with the line at
+        # its end.
+        super().__init__(line.rpartition("encode.Stop: ")[2])
 
 
-def require(condition, line, status=2):
+def require(condition, line):
     """Raises Stop with this line unless the condition holds."""
     if not condition:
-        raise Stop(line, status)
-
-
-def reason_of(error):
-    """The first sentence of what an exception says."""
-    reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
-    return reason or type(error).__name__
+        raise Stop(line)
 
 
 @contextlib.contextmanager
-def explaining(what, advice, status=2):
-    """Makes a Stop of whatever goes wrong inside: Pillow, zip, safetensors, torch.load and the
-    hub each have errors of their own."""
+def explaining(what, advice):
+    """Makes a Stop of whatever goes wrong inside: Pillow, safetensors, torch.load and the hub each
+    have errors of their own."""
     try:
         yield
     except (Stop, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise Stop(f"{what}: {advice} ({reason_of(error)})", status) from None
+        reason = str(error).split(". ")[0][:200] or type(error).__name__
+        raise Stop(f"{what}: {advice} ({reason})") from None
+
+
+def run_command(main):
+    """Calls main(). A mistake or Ctrl-C becomes one line and exit status 1."""
+    # A terminal may lack the letters of a path; printing it must not end the program.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return main()
+    except KeyboardInterrupt:
+        line = "interrupted"
+    except torch.OutOfMemoryError:
+        line = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)"
+    except ConnectionError:
+        line = "a process that reads was killed; fewer --workers need less memory"
+    except (Stop, OSError) as error:
+        line = " ".join(str(error).split())
+    sys.exit(f"{Path(sys.argv[0]).name}: {line}")
+
+
+def make_parser(description, parents=()):
+    """-> an ArgumentParser with the flags of others that prints a program's docstring as it is."""
+    return argparse.ArgumentParser(
+        description=description,
+        parents=parents,
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def positive(text):
+    """The type of a flag: a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def processes():
@@ -84,60 +114,34 @@ def cores():
     return os.cpu_count()
 
 
-def run_command(main):
-    """Calls main(). A foreseeable fault becomes one line on stderr and an exit status."""
-    rank, _ = processes()
-    try:
-        return main()
-    except Stop as error:
-        line, status = str(error), error.status
-    except KeyboardInterrupt:
-        line, status = "interrupted", 130
-    except OSError as error:
-        # A full disk, a permission, a network drive that is gone.
-        line, status = f"{error.filename or 'a file'}: {error.strerror or error}", 1
-    except (MemoryError, torch.OutOfMemoryError):
-        line = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)"
-        status = 1
-    if rank > 0 and status != 1:
-        # The first process mostly makes the same mistake and says it, and torchrun ends this one
-        # as soon as it has left.
-        time.sleep(2)
-    if rank == 0 or status != 130:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(line.split())}", file=sys.stderr, flush=True)
-    sys.exit(status)
+def pick_device(name=""):
+    """cuda, cuda:1, mps, cpu, or "" for the best there is -> torch.device. Under torchrun every
+    process has a GPU of its own. Raises Stop for a device that is not there."""
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with explaining(f"--device {name}", f"not on this machine, which has {best}"):
+        device = torch.device(name or best)
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.ones(1, device=device)
+    return device
+
+
+def ignore_interrupts(worker):
+    """For the reader processes of a DataLoader: Ctrl-C reaches them, too, and the main process
+    alone is to speak of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A reader that is handing over a batch loses its connection, which a thread would report.
+    sys.excepthook = lambda *error: None
 
 
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary name that becomes `path` once the file is written: whoever reads `path`
-    finds what was there before or all of the new file, also after a power cut. One process at a
-    time may write a path."""
-    path = Path(path)
-    temporary = path.with_name(f".tmp.{os.getpid()}.{path.name}")
-    try:
-        # Left behind by a process that was killed while it wrote this file.
-        for leftover in path.parent.glob(f".tmp.[0-9]*.{path.name}"):
-            leftover.unlink(missing_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save reports a full disk as a RuntimeError.
-        line = f"{path}: cannot be written; is the disk full? What was there is intact"
-        raise Stop(f"{line} ({reason_of(error)})", status=1) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def require_new(path):
-    """Raises Stop unless a file can be written to `path` without replacing another."""
-    path = Path(path)
-    require(not path.exists(), f"{path}: exists already; give another name, or remove it")
-    require(path.parent.is_dir(), f"{path}: there is no folder {path.parent}; make it first")
-    writable = os.access(path.parent, os.W_OK)
-    require(writable, f"{path}: no permission to write in the folder {path.parent}")
+    finds what was there before or all of the new file. One process at a time may write a path."""
+    temporary = path.with_name(f".tmp.{path.name}")
+    yield temporary
+    os.replace(temporary, path)
 
 
 def wait_for_files(paths):
@@ -147,88 +151,93 @@ def wait_for_files(paths):
             time.sleep(0.1)
 
 
-def refuse_changes(path, old, new):
-    """Raises Stop, naming what differs, unless `old` holds all that `new` does."""
-    other = [name for name in new if old.get(name) != new[name]]
-    changes = ", ".join(f"{name} {old.get(name)} (now {new[name]})" for name in other)
-    require(not other, f"{path}: made with other settings: {changes}; give another --out")
+def refuse_other_settings(folder, settings, defaults=None):
+    """Makes a folder that says in settings.json what its files are made with, before the first of
+    them is there. Later commands must have the same settings, whatever else is in it, so that
+    nothing is mixed or overwritten: raises Stop, naming what differs. A setting that an older
+    version did not write down counts as its default."""
+    path = folder / "settings.json"
+    if processes()[0] == 0 and not path.exists():
+        foreign = any(folder.glob("[!.]*"))
+        require(not foreign, f"{folder}: has files, but no settings.json; give another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1))
+    wait_for_files([path])
+    old = (defaults or {}) | read_settings(folder)
+    changes = [
+        f"{name} {old.get(name)!s:.200} (now {value!s:.200})"
+        for name, value in settings.items()
+        if old.get(name) != value
+    ]
+    line = f"{folder}: made with other settings: {', '.join(changes)}; give another --out"
+    require(not changes, line)
 
 
-def make_parser(description):
-    """An ArgumentParser whose complaints are one line, like all others."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    def complain(message):
-        raise Stop(message)
-
-    parser.error = complain
-    return parser
-
-
-def pick_device(name=""):
-    """cuda, cuda:1, mps, cpu, or "" for the best there is -> torch.device. Under torchrun every
-    process has a GPU of its own. Raises Stop for a device that is not there."""
-    best = "cpu"
-    if torch.backends.mps.is_available():
-        best = "mps"
-    if torch.cuda.is_available():
-        best = "cuda"
-    name = name or best
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    with explaining(f"--device {name}", f"not on this machine, which has {best}"):
-        torch.ones(1, device=name)
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+def read_settings(folder):
+    """-> what settings.json in a folder says; {} where there is none."""
+    path = folder / "settings.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 # =============================================================== pictures
 EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"),
-    *(".ppm", ".pgm", ".tif", ".tiff", ".mpo"),
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".ppm",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".mpo",
 )
-EXIF_ORIENTATION = 0x0112  # 1 is upright; a camera held on its side writes 6 or 8
+# Pillow refuses text and colour profiles above 1 MB in a PNG, whose pixels may be fine.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
-def is_image(name):
-    """By its ending; names that begin with a dot are what Macs leave behind."""
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+def is_left_behind(name):
+    """Files and folders of editors, notebooks, Macs and network drives, which hold no pictures of
+    anybody's."""
+    return name.startswith((".", "@eaDir", "__MACOSX"))
 
 
-def list_images(folder):
-    """Sorted paths, relative to `folder`, of the image files in it and below it, but for folders
-    whose names begin with a dot, which notebooks leave behind."""
-
-    def fail(error):
-        raise error
-
+def list_images(folder, above=()):
+    """Sorted paths, relative to `folder`, of the image files in it and below it. Links to folders
+    are followed, unless they lead back to one of the folders `above`. Left out are folders of this
+    project's own files, such as a cache: they have a settings.json."""
+    place = os.path.realpath(folder)
+    if place in above or not folder.is_dir():
+        return []
     found = []
-    for root, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            os.path.relpath(os.path.join(root, name), folder) for name in filter(is_image, names)
-        ]
+    for path in folder.iterdir():
+        if is_left_behind(path.name):
+            continue
+        if path.name.lower().endswith(EXTENSIONS):
+            found.append(path.name)
+        elif not (path / "settings.json").exists():
+            found += [os.path.join(path.name, name) for name in list_images(path, (*above, place))]
     return sorted(found)
 
 
-def open_rgb(path, turn=False):
+def open_rgb(path, upright=False):
     """Any image file as an RGB PIL image: its first frame, transparency dropped, 16-bit grayscale
-    scaled to 8 bits. `turn` rotates it as its EXIF data asks; ImageNet's convention is not to."""
+    scaled to 8 bits. `upright` turns it as its EXIF data asks. Raises Stop for other depths,
+    of which nothing says what is white."""
     with Image.open(path) as image:
-        if turn:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
+        image.load()
+        # Mode I of a PNG or PGM has 16 bits, that of a TIFF 32, or signs.
+        known = image.format != "TIFF" or image.mode not in ("I", "F")
+        require(known, "has float, signed or 32-bit pixels; convert it to 8 or 16 bits")
+        if upright:
+            # Damaged EXIF data costs the turn, not the picture.
+            with contextlib.suppress(Exception):
+                image = ImageOps.exif_transpose(image)
+        if "I" in image.mode:
             # Pillow's convert would clip 16 bits to white. 65535 / 257 is 255.
-            image = Image.fromarray(
-                (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)
-            )
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         # The transparent colour of a palette. Were it left there, Pillow would warn of it here,
         # and fail when the result is saved.
         image.info.pop("transparency", None)
@@ -237,14 +246,20 @@ def open_rgb(path, turn=False):
 
 def center_crop(image, size):
     """PIL image -> its centre, size x size pixels. ADM's crop (guided-diffusion): halve with a box
-    filter while the short side is at least twice `size`, bicubic until it is `size`, cut out."""
+    filter while the short side is at least twice `size`, bicubic until it is `size`, cut out.
+    Raises Stop for a strip, which might be enlarged to gigabytes before it is cut."""
+    require(max(image.size) <= 50 * min(image.size), "a strip, over 50 times as long as wide")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    image = ImageOps.scale(image, size / min(image.size), Image.BICUBIC)
     left = (image.width - size) // 2
     top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def from_pil(image):
+    """PIL image -> uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def to_float(images):
@@ -260,7 +275,7 @@ def to_uint8(images):
 def save_png(path, image):
     """Writes a uint8 image (3, H, W)."""
     with replacing(path) as temporary:
-        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary, "PNG")
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(temporary)
 
 
 def image_grid(images, columns):
@@ -276,60 +291,48 @@ class Flux2VAE:
 
     The encoder gives a Gaussian for each position of 32 channels. Its most likely value, the mode,
     is kept, so that a picture always has the same latent. Each 2x2 positions become one of 128
-    channels. Then each channel is normalised, to about mean 0 and deviation 1, which is the scale
-    of the noise that training adds. The means and variances are those of the training images of
-    FLUX.2; they are in its BatchNorm layer `bn`, which diffusers' own encode and decode leave to
-    their callers."""
+    channels. Then each channel is normalised, to about mean 0 and standard deviation 1, which is
+    the scale of the noise that training adds. The means and variances are those of the training
+    images of FLUX.2; they are in its BatchNorm layer `bn`, which diffusers' own encode and decode
+    leave to their callers."""
+
+    pixels = 16  # the encoder's 8, twice
 
     def __init__(self, autoencoder):
         self.autoencoder = autoencoder
         self.device = autoencoder.device
         self.channels = len(autoencoder.bn.running_mean)
         variance = autoencoder.bn.running_var + autoencoder.config.batch_norm_eps
-        self.mean = autoencoder.bn.running_mean.view(-1, 1, 1)  # (128, 1, 1)
-        self.std = variance.sqrt().view(-1, 1, 1)
+        self.mean = autoencoder.bn.running_mean[:, None, None]  # (128, 1, 1)
+        self.std = variance.sqrt()[:, None, None]
 
-    @torch.no_grad()
     def encode(self, images):
-        """(B, 3, H, W) in [-1, 1] -> (B, 128, H/16, W/16) float32, the posterior's mode."""
-        images = images.to(self.device, self.autoencoder.dtype)
-        latents = self.autoencoder.encode(images).latent_dist.mode().float()  # (B, 32, H/8, W/8)
-        # Channel c * 4 + row * 2 + column.
+        latents = self.autoencoder.encode(images.to(self.device)).latent_dist.mode()
+        # (B, 32, H/8, W/8) -> (B, 128, H/16, W/16), of channels c * 4 + row * 2 + column.
         return (F.pixel_unshuffle(latents, 2) - self.mean) / self.std
 
-    @torch.no_grad()
     def decode(self, latents):
-        """(B, 128, h, w) -> (B, 3, 16h, 16w) float32, about in [-1, 1]."""
-        latents = latents.to(self.device).float() * self.std + self.mean
-        latents = F.pixel_shuffle(latents, 2)  # (B, 32, 2h, 2w)
-        return self.autoencoder.decode(latents.to(self.autoencoder.dtype)).sample.float()
-
-    def compile(self):
-        """For many images of one shape, on CUDA; at the first of them it takes a minute or two."""
-        if self.device.type == "cuda":
-            # One by one: autoencoder.compile() compiles its forward(), which encode() and
-            # decode() do not call.
-            self.autoencoder.encoder.compile(dynamic=False)
-            self.autoencoder.decoder.compile(dynamic=False)
-
-    def fingerprint(self):
-        """A digest of the weights that make latents; the decoder may be replaced by another."""
-        digest = hashlib.sha256()
-        for name, tensor in self.autoencoder.state_dict().items():
-            if "decoder" not in name and "post" not in name:
-                digest.update(tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        latents = latents.to(self.device) * self.std + self.mean
+        return self.autoencoder.decode(F.pixel_shuffle(latents, 2)).sample
 
 
-def load_vae(name=VAE, device="cpu"):
+def load_vae(name=VAE, device="cpu", compiled=False):
     """The VAE of a hub repository, or of a local folder that holds the weights, itself or in its
     vae/; or, from a file codec.safetensors, the DigitCodec of the demo (at the end of this file).
-    Raises Stop where there is none, or where the weights are another model's."""
+    Raises Stop where there is none, or where the weights are another model's.
+
+    A VAE of another kind can take its place if it has `encode` and `decode` (as the functions
+    below), `channels` of a latent, `pixels`, the side of the square that becomes one position, and
+    the `device` on which it is.
+
+    `compiled`: for many images of one shape; at the first of them it takes a minute or two."""
     if str(name).endswith("codec.safetensors"):
-        with explaining(f"--vae {name}", "not a codec of drawn digits; jlt.py --demo makes one"):
-            return DigitCodec(**load_file(name))
-    by_hand = f"hf download {VAE} --include 'vae/*' --local-dir flux2, then --vae flux2"
-    with explaining(f"--vae {name}", f"no AutoencoderKLFlux2 there; to fetch one: {by_hand}"):
+        return DigitCodec(**load_file(name))
+    advice = (
+        "no AutoencoderKLFlux2 there; to fetch one: "
+        f"hf download {VAE} --include 'vae/*' --local-dir flux2, then --vae flux2"
+    )
+    with explaining(f"--vae {name}", advice):
         # Here, since the import takes seconds.
         from diffusers import AutoencoderKLFlux2, logging
         from huggingface_hub import snapshot_download
@@ -338,65 +341,39 @@ def load_vae(name=VAE, device="cpu"):
         folder = Path(name)
         if not folder.is_dir():
             files = ["vae/*", "config.json", "diffusion_pytorch_model.safetensors"]
-            folder = Path(snapshot_download(str(name), allow_patterns=files))
+            folder = Path(snapshot_download(name, allow_patterns=files))
         if (folder / "vae").is_dir():
             folder = folder / "vae"
-        autoencoder, report = AutoencoderKLFlux2.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True
-        )
-        # diffusers only warns of these.
-        problems = [
-            key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]
-        ]
-        require(not problems, f"--vae {name}: holds the weights of another model")
-    autoencoder = autoencoder.eval().requires_grad_(False)
+        autoencoder, report = AutoencoderKLFlux2.from_pretrained(folder, output_loading_info=True)
+        # diffusers only warns of keys that are missing, unexpected or of another shape.
+        require(not any(report.values()), f"--vae {name}: holds the weights of another model")
     # In float32, with the TF32 products that cuDNN takes by default on CUDA: they move latents by
     # 0.2% of their deviation; bfloat16 would by 2%.
-    return Flux2VAE(autoencoder.to(device, memory_format=torch.channels_last))
+    autoencoder.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    if compiled:
+        # One by one: autoencoder.compile() compiles its forward(), which is not called here.
+        autoencoder.encoder.compile(dynamic=False)
+        autoencoder.decoder.compile(dynamic=False)
+    return Flux2VAE(autoencoder)
 
 
 def encode(vae, images):
-    """Images (B, 3, H, W) in [-1, 1] -> normalised latents (B, 128, H/16, W/16), float32."""
+    """Images (B, 3, H, W) in [-1, 1] -> normalised latents (B, C, H/pixels, W/pixels) float32; for
+    FLUX.2's VAE (B, 128, H/16, W/16), the mode of its posterior."""
     return vae.encode(images)
 
 
 def decode(vae, latents):
-    """Normalised latents (B, 128, h, w) -> images (B, 3, 16h, 16w), about in [-1, 1]."""
+    """Normalised latents (B, C, h, w) -> images (B, 3, h pixels, w pixels), about in [-1, 1]."""
     return vae.decode(latents)
 
 
 # =============================================================== the cache
+SHARD = 1024  # images in a file
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-@dataclass
-class Shard:
-    """One file of a cache, as its header describes it."""
-
-    path: Path
-    settings: dict  # what encode.py wrote about the cache; empty in other programs' files
-    labels: torch.Tensor  # (n,)
-    shape: tuple  # of one latent, (C, H, W)
-    dtype: torch.dtype
-    offsets: dict  # where "latents" and, if there, "latents_flip" begin, in bytes
-
-    def read(self, i, flip=False):
-        """-> latent i (C, H, W), of the mirrored image if asked for and there."""
-        flip = flip and "latents_flip" in self.offsets
-        size = math.prod(self.shape) * self.dtype.itemsize
-        data = bytearray(size)
-        # Read, not mapped: a page fault would fetch the disk's whole read-ahead, up to 8 MB, for
-        # these 64 KB.
-        with open(self.path, "rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            file.seek(self.offsets["latents_flip" if flip else "latents"] + i * size)
-            whole = file.readinto(data) == size
-            require(whole, f"{self.path}: is shorter than it was", status=1)
-        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
-
-
-def save_shard(path, latents, latents_flip, labels, **settings):
+def save_shard(path, latents, latents_flip, labels):
     """Writes latents, and those of the mirrored images, (N, C, H, W) as fp16; labels as int32."""
     tensors = {
         "latents": latents.half().contiguous(),
@@ -404,89 +381,38 @@ def save_shard(path, latents, latents_flip, labels, **settings):
         "labels": labels.int(),
     }
     with replacing(path) as temporary:
-        # One key: safetensors would write several in random order.
-        temporary.write_bytes(save(tensors, {"encode": json.dumps(settings)}))
-
-
-def open_shard(path):
-    """-> Shard. Raises Stop for a damaged file, or one that holds no latents."""
-    advice = "no shard of latents (N, C, H, W) and labels (N,); delete it and encode again"
-    with explaining(path, advice, status=1):
-        # safetensors checks that the header fits the file's length, but does not tell where in the
-        # file a tensor begins. A file is: the header's length in 8 bytes, the header, tensors.
-        with safe_open(path, "pt") as file:
-            labels = file.get_tensor("labels").long()
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        latents = header["latents"]
-        flipped = header.get("latents_flip", latents)
-        count, *shape = latents["shape"]
-        square = len(shape) == 3 and shape[1] == shape[2]
-        alike = flipped["shape"] == latents["shape"] and flipped["dtype"] == latents["dtype"]
-        fits = square and alike and labels.shape == (count,)
-        require(fits, f"{path}: {advice}", status=1)
-        metadata = header.get("__metadata__", {})
-        return Shard(
-            path=path,
-            settings=json.loads(metadata.get("encode", "{}")),
-            labels=labels,
-            shape=tuple(shape),
-            dtype=DTYPES[latents["dtype"]],
-            offsets={
-                name: 8 + length + header[name]["data_offsets"][0]
-                for name in ("latents", "latents_flip")
-                if name in header
-            },
-        )
+        save_file(tensors, temporary)
 
 
 class LatentDataset(Dataset):
     """A folder of cached latents, made by encode.py or by the code that the paper's authors
     released. Item i is (latent (C, H, W) float32, label); item(i, flip=True) is that of the
-    mirrored image. Raises Stop for a cache that is missing, unfinished, damaged or mixed.
+    mirrored image, where the cache has mirrored images. Raises Stop for a cache that is missing,
+    unfinished, damaged or mixed.
 
     `shape` (C, H, W), `labels` (N,), `num_classes`, `class_names` (empty where they are not
-    known), `settings` of the first shard; `origin` is the same for two caches if they were made
-    from files of the same names with the same encoder."""
+    known), and `settings`, what encode.py wrote in settings.json."""
 
     def __init__(self, folder):
         folder = Path(folder)
+        self.paths = sorted(folder.glob("latents_*.safetensors"))
         require(
-            folder.is_dir(), f"{folder}: no such folder; encode.py IMAGES --out {folder} makes it"
+            self.paths,
+            f"{folder}: holds no latents_*.safetensors; encode.py IMAGES --out {folder} makes them",
         )
-        paths = sorted(folder.glob("latents_*.safetensors"))
-        require(paths, f"{folder}: holds no latents_*.safetensors; encode.py makes them")
-        self.shards = [open_shard(path) for path in paths]
-        self.settings = self.shards[0].settings
+        self.settings = read_settings(folder)
+        wanted = self.settings.get("shards", len(self.paths))
+        line = f"{folder}: {len(self.paths)} of {wanted} shards; the same encode.py command goes on"
+        require(len(self.paths) == wanted, line)
 
-        # Every shard of ours knows its number, and how many there are to be.
-        wanted = self.settings.get("shards", len(paths))
-        numbers = [shard.settings.get("number", k) for k, shard in enumerate(self.shards)]
-        complete = numbers == list(range(wanted))
-        require(
-            complete,
-            f"{folder}: {len(paths)} of {wanted} shards; the same encode.py command finishes it",
-        )
-
-        kinds = {
-            (shard.shape, shard.dtype, shard.settings.get("encoder"), shard.settings.get("files"))
-            for shard in self.shards
-        }
-        require(len(kinds) == 1, f"{folder}: mixes latents of different shape or origin {kinds}")
-        self.shape = self.shards[0].shape
-        self.origin = (self.settings.get("encoder"), self.settings.get("files"))
-
-        self.labels = torch.cat([shard.labels for shard in self.shards])
+        labels, kinds, self.offsets = zip(*map(read_header, self.paths), strict=True)
+        require(len(set(kinds)) == 1, f"{folder}: mixes latents of different shapes or types")
+        *self.shape, self.dtype = kinds[0]
+        self.starts = np.cumsum([0, *map(len, labels)])  # the number of each file's first latent
+        self.labels = torch.cat(labels)
         require(len(self.labels), f"{folder}: holds no latents; was no image readable?")
-        low, high = self.labels.aminmax()
-        self.num_classes = self.settings.get("num_classes", int(high) + 1)
-        require(
-            low >= 0 and high < self.num_classes,
-            f"{folder}: labels {low} to {high} do not fit {self.num_classes} classes",
-        )
-        self.starts = np.cumsum([0] + [len(shard.labels) for shard in self.shards])
-        self.class_names = read_class_names(folder)
+        self.class_names = self.settings.get("classes", [])
+        self.num_classes = len(self.class_names) or int(self.labels.max()) + 1
 
     def __len__(self):
         return len(self.labels)
@@ -494,357 +420,196 @@ class LatentDataset(Dataset):
     def read(self, i, flip=False):
         """-> latent i (C, H, W) in the precision of the file."""
         shard = np.searchsorted(self.starts, i, side="right") - 1
-        return self.shards[shard].read(i - self.starts[shard], flip)
+        path = self.paths[shard]
+        size = math.prod(self.shape) * self.dtype.itemsize
+        # Read, not mapped: a page fault would fetch the disk's whole read-ahead, up to 8 MB, for
+        # these 64 KB.
+        with explaining(path, "cannot be read"), open(path, "rb", buffering=0) as file:
+            file.seek(self.offsets[shard][flip] + int(i - self.starts[shard]) * size)
+            data = bytearray(file.read(size))
+            return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
 
     def item(self, i, flip=False):
         """-> latent i (C, H, W) float32, label."""
-        i = range(len(self))[i]  # -1 is the last one
         return self.read(i, flip).float(), int(self.labels[i])
 
-    def __getitem__(self, i):
-        return self.item(i)
+    __getitem__ = item
 
 
-def read_class_names(folder):
-    """The names of a cache's classes in the order of their labels; [] where nothing says them."""
-    path = Path(folder) / "meta.json"
-    if not path.exists():
-        return []
-    with explaining(path, "damaged; the same encode.py command writes it anew"):
-        return list(json.loads(path.read_text())["classes"])
+def read_header(path):
+    """-> labels (n,); channels, height, width and type of a latent; and where in the file latents
+    and those of the mirrored images begin. Raises Stop for a file of anything else."""
+    advice = "no shard of square latents (N, C, H, H) and labels (N,); delete it and encode again"
+    with explaining(path, advice):
+        # safetensors checks that the header fits the file's length, but does not tell where in the
+        # file a tensor begins. A file is: the header's length in 8 bytes, the header, tensors.
+        with safe_open(path, "pt") as file:
+            labels = file.get_tensor("labels").long()
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+        latents = header["latents"]
+        flipped = header.get("latents_flip", latents)
+        count, channels, height, width = latents["shape"]
+        require(height == width and len(labels) == count, f"{path}: {advice}")
+        offsets = [start + part["data_offsets"][0] for part in (latents, flipped)]
+        return labels, (channels, height, width, DTYPES[latents["dtype"]]), offsets
 
 
 # =============================================================== the command
 class Photos(Dataset):
-    """The images of a folder (or its train/) of class folders. Item i: a crop, uint8 (3, S, S);
-    why it could not be read, or ""; and whether its EXIF data asks to turn or mirror it."""
+    """The images in the class folders of a folder, or of its train/ where that has some. Item i is
+    a crop, uint8 (3, S, S), and its label; of a file that cannot be read, black and -1."""
 
-    def __init__(self, folder, size, turn=False):
-        root = Path(folder)
-        require(root.is_dir(), f"{root}: no such folder; give the one that holds the class folders")
-        if (root / "train").is_dir():
-            root = root / "train"
-        entries = sorted(entry.name for entry in os.scandir(root))
-        self.classes = [name for name in entries if (root / name).is_dir() and name[0] != "."]
-        self.loose = [name for name in entries if (root / name).is_file() and is_image(name)]
-        self.root = root
+    def __init__(self, folder, size):
+        for root in (Path(folder) / "train", Path(folder)):
+            names = [name for name in list_images(root) if os.sep in name]
+            if names:
+                break
+        require(names, f"{folder}: no images in class folders; arrange them as CLASS/image.jpg")
         self.size = size
-        self.turn = turn
-        self.names = []
-        labels = []
-        for label, name in enumerate(self.classes):
-            files = list_images(root / name)
-            self.names += [os.path.join(name, file) for file in files]
-            labels += [label] * len(files)
-        self.labels = torch.tensor(labels)
-        arrange = f"arrange them as {root / 'CLASS' / 'image.jpg'}"
-        require(self.names, f"{root}: no images in class folders; {arrange}")
+        self.root = root
+        self.names = names
+        self.classes = sorted({name.split(os.sep)[0] for name in names})
 
     def __len__(self):
         return len(self.names)
 
+    # Called in the DataLoader's processes.
     def __getitem__(self, i):
-        """Runs in the DataLoader's processes."""
-        turned = False
+        name = self.names[i]
         try:
-            path = self.root / self.names[i]
-            with Image.open(path) as image:
-                turned = image.getexif().get(EXIF_ORIENTATION) in range(2, 9)
-            crop = np.array(center_crop(open_rgb(path, self.turn), self.size))
-            reason = ""
+            image = center_crop(open_rgb(self.root / name, upright=True), self.size)
+            return from_pil(image), self.classes.index(name.split(os.sep)[0])
         except Exception as error:
             # Pillow raises whatever the file's bytes lead it to.
-            crop = np.zeros((self.size, self.size, 3), np.uint8)
-            turned = False
-            reason = " ".join(str(error).split()) or type(error).__name__
-        return torch.from_numpy(crop).permute(2, 0, 1), reason, turned
-
-
-def cache_settings(vae, photos, args):
-    """What all shards of a cache have in common; each header holds it."""
-    files = "\0".join(photos.names + photos.classes)
-    return {
-        "encoder": vae.fingerprint(),
-        "files": hashlib.sha256(os.fsencode(files)).hexdigest()[:16],
-        "num_classes": len(photos.classes),
-        "size": args.size,
-        "exif": args.exif,
-        "shard": args.shard,
-        "shards": math.ceil(len(photos) / args.shard),
-        "vae": os.path.realpath(args.vae) if os.path.isdir(args.vae) else args.vae,
-    }
-
-
-def check_finished_shards(folder, settings):
-    """-> paths of the shards that are there. Raises Stop if one is not of these settings."""
-    # The same weights may lie elsewhere.
-    needed = {key: value for key, value in settings.items() if key != "vae"}
-    paths = sorted(folder.glob("latents_*.safetensors"))
-    for path in paths:
-        refuse_changes(path, open_shard(path).settings, needed)
-    return paths
+            print(f"skipped {name!a}: {error}", file=sys.stderr)
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1
 
 
 def save_reconstructions(path, vae, photos):
-    """A picture of up to eight originals, each with what its latent decodes to at its right."""
-    step = math.ceil(len(photos) / 8)
-    items = [photos[i] for i in range(0, len(photos), step)]
-    readable = [image for image, reason, _ in items if not reason]
-    originals = torch.stack(readable or [items[0][0]])  # none: a black one
+    """A picture of up to eight originals and, below each, what its latent decodes to."""
+    some = range(0, len(photos), math.ceil(len(photos) / 8))
+    originals = torch.stack([photos[i][0] for i in some])
     decoded = to_uint8(decode(vae, encode(vae, to_float(originals)))).cpu()
-    pairs = torch.stack([originals, decoded], 1).flatten(0, 1)
-    save_png(path, image_grid(pairs, columns=4 if len(pairs) % 4 == 0 else 2))
+    save_png(path, image_grid(torch.cat([originals, decoded]), columns=len(some)))
 
 
-def encode_shards(vae, photos, shards, args, settings):
-    """Encodes and writes the shards {path: range of image numbers}."""
-    rank, _ = processes()
-    # One loader for all of them, whose workers go on reading while a shard ends. Each shard takes
-    # its own batches from it.
-    batches = []
-    for numbers in shards.values():
-        batches += [numbers[i : i + args.batch] for i in range(0, len(numbers), args.batch)]
-    loader = DataLoader(
-        photos,
-        batch_sampler=batches,
-        num_workers=min(args.workers, len(batches)),
-        pin_memory=vae.device.type == "cuda",
+def encode_shards(vae, photos, shards, workers):
+    """Encodes and writes the shards {path: batches of numbers of images}."""
+    # One loader for all of them, whose processes go on reading while a shard is written.
+    batches = [batch for shard in shards.values() for batch in shard]
+    arriving = iter(
+        DataLoader(
+            photos, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_interrupts
+        )
     )
-    loader = iter(loader)
-    bar = tqdm(total=sum(map(len, batches)), unit="image", disable=rank > 0)
-    # A shard is written while the GPU is at the next.
-    with ThreadPoolExecutor(1) as writer, bar:
-        writing = None
-        for path, numbers in shards.items():
-            latents = []
-            reasons = []
-            turned = 0
-            for _ in range(0, len(numbers), args.batch):
-                images, batch_reasons, batch_turned = next(loader)  # uint8 (B, 3, S, S)
-                x = to_float(images.to(vae.device, non_blocking=True))
-                both = encode(vae, torch.cat([x, x.flip(-1)])).half().cpu()
-                latents.append(both.unflatten(0, (2, -1)))  # (2, B, C, H, W)
-                reasons += batch_reasons
-                turned += int(batch_turned.sum())
-                bar.update(len(images))
-
-            skipped = [
-                (photos.names[i], reason)
-                for i, reason in zip(numbers, reasons, strict=True)
-                if reason
-            ]
-            for name, reason in skipped:
-                bar.write(f"skipped {name!a}: {reason}", file=sys.stderr)
-            good = torch.tensor([not reason for reason in reasons])
-            plain, flipped = torch.cat(latents, 1)[:, good]
-            if writing:
-                writing.result()  # raises what went wrong there
-            writing = writer.submit(
-                save_shard,
-                path,
-                plain,
-                flipped,
-                photos.labels[numbers][good],
-                number=numbers.start // args.shard,
-                skipped=skipped,
-                turned=turned,
-                **settings,
-            )
-        if writing:
-            writing.result()
+    bar = tqdm(total=sum(map(len, batches)), unit="image", disable=processes()[0] > 0)
+    for path, shard in shards.items():
+        parts = []
+        for _ in shard:
+            images, labels = next(arriving)  # uint8 (B, 3, S, S), (B,)
+            x = to_float(images.to(vae.device))
+            latents, flipped = encode(vae, torch.cat([x, x.flip(-1)])).cpu().chunk(2)
+            readable = labels >= 0
+            parts.append((latents[readable], flipped[readable], labels[readable]))
+            bar.update(len(images))
+        save_shard(path, *map(torch.cat, zip(*parts, strict=True)))
+    bar.close()
 
 
-def finish_cache(folder, photos, settings):
-    """Once all shards are there: writes meta.json and says what the cache holds."""
+def summarize(folder, files):
+    """Says what a finished cache holds of so many files."""
     data = LatentDataset(folder)
-    skipped = [pair for shard in data.shards for pair in shard.settings["skipped"]]
-    turned = sum(shard.settings["turned"] for shard in data.shards)
-    meta = settings | {
-        "classes": photos.classes,
-        "images": len(data),
-        "skipped": skipped,
-        "turned": turned,
-        "loose": photos.loose,
-    }
-    with replacing(folder / "meta.json") as temporary:
-        temporary.write_text(json.dumps(meta, indent=1))
-
-    some = range(0, len(data), math.ceil(len(data) / 512))
-    latents = torch.stack([data[i][0] for i in some])
-    std, mean = torch.std_mean(latents, (0, 2, 3), correction=0)  # (C,)
-    line = (
-        f"{folder}: {len(data):,} images and their mirror images in {len(data.shards)} shards; "
-        f"{len(skipped)} files skipped; channel means {mean.min():.2f} to {mean.max():.2f}, "
-        f"deviations {std.min():.2f} to {std.max():.2f} (FLUX.2's: about 0 and 1)"
+    some = range(0, len(data), len(data) // 512 + 1)
+    std, mean = torch.std_mean(torch.stack([data[i][0] for i in some]), (0, 2, 3))  # (C,)
+    print(
+        f"{folder}: {len(data):,} images and their mirror images; {files - len(data)} files "
+        f"skipped; channel means {mean.min():.2f} to {mean.max():.2f}, standard deviations "
+        f"{std.min():.2f} to {std.max():.2f} (FLUX.2's: about 0 and 1)"
     )
-    without = set(range(len(photos.classes))) - set(data.labels.tolist())
-    if without:
-        names = ", ".join(f"{photos.classes[label]!a}" for label in sorted(without)[:3])
-        line += f"; no image in {len(without)} of the classes ({names})"
-    if turned and settings["exif"]:
-        line += f"; {turned} turned upright"
-    elif turned:
-        line += f"; {turned} are not upright, by their EXIF data (--exif turns them)"
-    if photos.loose:
-        names = ", ".join(f"{name!a}" for name in photos.loose[:3])
-        line += f"; {len(photos.loose)} images in no class folder left out ({names})"
-    print(line)
 
 
-def parse_arguments():
+def read_flags():
+    """-> the settings of the command line."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("images", help="folder of class folders; its train/ is used where it exists")
+    add("images", help="folder of class folders; its train/ is used where it holds some")
     add("--out", default="latents", type=Path, help="folder of the cache (%(default)s)")
     add("--vae", default=VAE, help="hub repository or folder of a VAE (%(default)s)")
-    add("--size", default=256, type=int, help="side of the square crop in pixels (%(default)s)")
-    add("--exif", action="store_true", help="turn pictures as their EXIF data asks (ImageNet: no)")
-    add("--batch", default=32, type=int, help="images at a time, and their mirrors (%(default)s)")
-    add("--shard", default=1024, type=int, help="images in a file (%(default)s)")
-    add("--workers", default=0, type=int, help="processes that read images (0: the cores)")
+    add("--size", default=256, type=positive, help="side of the crop in pixels (%(default)s)")
+    add("--batch", default=32, type=positive, help="images at a time, with mirrors (%(default)s)")
+    # Under torchrun the processes share the cores.
+    share = cores() // processes()[1]
+    add("--workers", default=share, type=int, help="processes that read images (%(default)s here)")
     add("--device", default="", help="cuda, mps or cpu (the best there is)")
-    args = parser.parse_args()
-    for name in ("size", "batch", "shard"):
-        require(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: must be positive")
-    # The VAE makes one position of 8 x 8 pixels; 2 x 2 of them are one of a latent.
-    require(args.size % 16 == 0, f"--size {args.size}: must be a multiple of 16")
-    require(args.workers >= 0, f"--workers {args.workers}: must not be negative")
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    args.workers = args.workers or math.ceil(cores() / local_processes)
-    require(not args.out.is_file(), f"--out {args.out}: is a file; give a folder")
-    return args
+    return parser.parse_args()
 
 
 def main():
-    args = parse_arguments()
+    args = read_flags()
     rank, world = processes()
-    photos = Photos(args.images, args.size, args.exif)
-    vae = load_vae(args.vae, pick_device(args.device))
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = cache_settings(vae, photos, args)
-    done = check_finished_shards(args.out, settings)
+    photos = Photos(args.images, args.size)
     if rank == 0:
         print(
-            f"{args.out}: {len(photos):,} files, {len(photos.classes)} classes; "
-            f"{len(done)} of {settings['shards']} shards there already",
-            file=sys.stderr,
+            f"{photos.root}: {len(photos):,} files, {len(photos.classes)} classes, "
+            f"{photos.classes[:5]} ...",
+            flush=True,
         )
+    device = pick_device(args.device)
+    # Compiling pays for many images only.
+    vae = load_vae(args.vae, device, compiled=device.type == "cuda" and len(photos) > 20_000)
+    require(args.size % vae.pixels == 0, f"--size {args.size}: no multiple of {vae.pixels}")
+    # A batch is of one shard: whatever is missing, a picture is encoded beside the same others.
+    shards = {
+        args.out / f"latents_{k:05d}.safetensors": numbers.split(args.batch)
+        for k, numbers in enumerate(torch.arange(len(photos)).split(SHARD))
+    }
+    # A cache of other pictures, or by another VAE, is not added to.
+    refuse_other_settings(
+        args.out,
+        {
+            "vae": args.vae,
+            "size": args.size,
+            "files": hashlib.sha256(repr(photos.names).encode()).hexdigest(),
+            "shards": len(shards),
+            "classes": photos.classes,
+        },
+    )
 
-    shards = {}
-    for number in range(settings["shards"]):
-        first = number * args.shard
-        path = args.out / f"latents_{number:05d}.safetensors"
-        shards[path] = range(first, min(first + args.shard, len(photos)))
+    # By number, not by what is missing: the processes look at different moments.
+    missing = {path: shards[path] for path in list(shards)[rank::world] if not path.exists()}
     if rank == 0:
+        print(f"this process makes {len(missing)} of {len(shards)} shards", flush=True)
         save_reconstructions(args.out / "reconstructions.png", vae, photos)
-    mine = list(shards)[rank::world]
-    missing = {path: shards[path] for path in mine if not path.exists()}
-    if sum(map(len, missing.values())) > 20_000:
-        vae.compile()
-    encode_shards(vae, photos, missing, args, settings)
-
+    encode_shards(vae, photos, missing, args.workers)
     if rank == 0:
         wait_for_files(shards)
-        finish_cache(args.out, photos, settings)
-
-
-# =============================================================== labels and charts
-# For jlt.py: words beside pictures, and curves.
-
-
-def from_pil(image):
-    """PIL image -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def caption(text, width):
-    """-> a white strip (3, 16, width) with a line of text."""
-    strip = Image.new("RGB", (width, 16), "white")
-    ImageDraw.Draw(strip).text((2, 1), text, "black", ImageFont.load_default(12))
-    return from_pil(strip)
-
-
-def labelled_rows(rows):
-    """{name: 20 images uint8 (20, 3, 32, 32)} -> one image (3, H, W): names at the left, two rows
-    of ten each, three times as large."""
-    lines = []
-    for name, images in rows.items():
-        grid = image_grid(images, columns=10)
-        grid = grid.repeat_interleave(3, 1).repeat_interleave(3, 2)  # (3, 192, 960)
-        label = Image.new("RGB", (170, 192), "white")
-        font = ImageFont.load_default(26)
-        ImageDraw.Draw(label).text((160, 96), name, "black", font, anchor="rm")
-        lines.append(torch.cat([from_pil(label), grid], 2))
-    return torch.cat(lines, 1)
-
-
-CURVE_COLOURS = ("#1f77b4", "#7f7f7f", "#d62728")
-
-
-def chart(title, x_label, curves):
-    """Curves {name: [(x, y), ...]} over a logarithmic y axis -> image uint8 (3, 420, 560)."""
-    image = Image.new("RGB", (560, 420), "white")
-    draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(14)
-    points = [point for curve in curves.values() for point in curve]
-    xs = [x for x, _ in points]
-    left, right = min(xs), max(xs)
-    low = math.floor(math.log10(max(1e-5, min(y for _, y in points))))
-    high = math.ceil(math.log10(max(y for _, y in points)))
-
-    def place(x, y):
-        """A point of a curve -> its pixel; what lies below the axis stays on it."""
-        exponent = max(low, math.log10(max(y, 1e-30)))
-        across = (x - left) / (right - left)
-        up = (exponent - low) / max(1, high - low)
-        return 60 + 470 * across, 360 - 280 * up
-
-    draw.text((60, 10), title, "black", font)
-    for exponent in range(low, high + 1):
-        _, y = place(left, 10.0**exponent)
-        draw.line([(60, y), (530, y)], "#dddddd")
-        draw.text((52, y), f"1e{exponent}", "black", font, anchor="rm")
-    for x in (left, (left + right) / 2, right):
-        draw.text((place(x, 1)[0], 368), f"{x:g}", "black", font, anchor="ma")
-    draw.text((295, 392), x_label, "black", font, anchor="ma")
-    legend = 60
-    for (name, curve), colour in zip(curves.items(), CURVE_COLOURS, strict=False):
-        draw.line([place(x, y) for x, y in curve], colour, 3)
-        draw.line([(legend, 50), (legend + 24, 50)], colour, 3)
-        draw.text((legend + 30, 50), name, "black", font, anchor="lm")
-        legend += 60 + 9 * len(name)
-    return from_pil(image)
+        summarize(args.out, len(photos))
 
 
 # =============================================================== drawn digits
-# Not needed for photographs: the data of `jlt.py --demo`, and a codec that is to them what the
-# FLUX.2 VAE is to photographs.
+# Not needed for photographs: the data of `jlt.py --demo`, its picture, and a codec that is to the
+# digits what the FLUX.2 VAE is to photographs.
 
-# The path of a pen for each of 0 to 9: points, x then y, of a 10 x 10 grid, y downwards.
+# The path of a pen for each of 0 to 9: 12 points, x then y, of a 10 x 10 grid, y downwards. Shorter
+# paths stay at their last point.
 STROKES = (
-    "50 20 13 16 29 59 86 83 50 20",
-    "22 50 59",
-    "12 30 60 82 74 19 89",
-    "11 40 70 82 64 44 64 86 78 49 18",
-    "60 16 86 66 60 69",
-    "80 20 14 54 86 78 49 18",
-    "70 32 15 18 49 78 86 65 35 16",
-    "10 80 39",
+    "50 20 13 16 29 59 86 83 50 20 20 20",
+    "22 50 59 59 59 59 59 59 59 59 59 59",
+    "12 30 60 82 74 19 89 89 89 89 89 89",
+    "11 40 70 82 64 44 64 86 78 49 18 18",
+    "60 16 86 66 60 69 69 69 69 69 69 69",
+    "80 20 14 54 86 78 49 18 18 18 18 18",
+    "70 32 15 18 49 78 86 65 35 16 16 16",
+    "10 80 39 39 39 39 39 39 39 39 39 39",
     "54 22 20 60 82 54 16 18 49 79 86 54",
-    "29 67 84 81 50 21 13 34 64 83",
+    "29 67 84 81 50 21 13 34 64 83 83 83",
 )
-STROKE_POINTS = 12  # shorter paths stay at their last point
 
 
-def pen_paths():
-    """-> (10, 12) complex: a point of the plane is x + iy, so that turning and scaling a path is
-    one multiplication."""
-    paths = torch.zeros(10, STROKE_POINTS, dtype=torch.complex64)
-    for digit, stroke in enumerate(STROKES):
-        points = [complex(int(x), int(y)) for x, y in stroke.split()]
-        points += [points[-1]] * (STROKE_POINTS - len(points))
-        paths[digit] = torch.tensor(points)
-    return paths
+# A point of the plane is x + iy, so that turning and scaling a path is one multiplication.
+PATHS = torch.tensor([complex(int(x), int(y)) for stroke in STROKES for x, y in stroke.split()])
 
 
 def draw_digits(n, seed):
@@ -856,38 +621,36 @@ def draw_digits(n, seed):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
     labels = torch.arange(n) % 10
-    paths = pen_paths()[labels] / 9 - (0.5 + 0.5j)  # (n, 12), about the origin
-    shaken = torch.randn(2, n, STROKE_POINTS, generator=generator)
-    paths = paths + 0.012 * torch.complex(shaken[0], shaken[1])
+    paths = PATHS.view(10, 12)[labels] / 9 - (0.5 + 0.5j)  # (n, 12), about the origin
+    paths = paths + 0.012 * torch.complex(*torch.randn(2, n, 12, generator=generator))
     # Digits are narrower than tall, and lean.
     slanted = 0.75 * paths.real + uniform(-0.15, 0.15, 1) * paths.imag
     paths = torch.complex(slanted, paths.imag)
     paths = paths * torch.polar(uniform(20, 24, 1), uniform(-0.12, 0.12, 1))  # size, rotation
-    centre = uniform(14.5, 17.5, 2, 1)
-    paths = paths + torch.complex(centre[:, 0], centre[:, 1])
+    paths = paths + torch.complex(*uniform(14.5, 17.5, 2, 1).unbind(1))
 
-    width = uniform(2.2, 3.6)
+    width = uniform(2.2, 3.6, 1, 1)
     ink = uniform(0.6, 1, 3, 1)
     paper = uniform(0, 0.3, 3, 1)
     side = torch.arange(32) + 0.5
     pixels = torch.complex(side.repeat(32), side.repeat_interleave(32))  # (1024,)
-    images = []
-    for part in torch.arange(n).split(500):
-        # How far each pixel is from each straight piece of the path, and from the nearest.
-        start = paths[part, :-1, None]
-        piece = paths[part].diff()[..., None]  # (k, 11, 1)
+    # How far each pixel is from the nearest of the eleven straight pieces of the path.
+    distance = torch.tensor(math.inf)
+    for start, end in pairwise(paths.T[..., None, None]):  # (n, 1, 1)
+        piece = end - start
         along = ((pixels - start) * piece.conj()).real / piece.abs().square().clamp(min=1e-6)
-        distance = (pixels - start - along.clamp(0, 1) * piece).abs().amin(1)  # (k, 1024)
-        # A pixel at the edge of the stroke is ink in part.
-        cover = (width[part, None] / 2 - distance + 0.5).clamp(0, 1)[:, None]  # (k, 1, 1024)
-        colours = paper[part] + (ink[part] - paper[part]) * cover  # (k, 3, 1024)
-        images.append((colours * 255).round().to(torch.uint8).view(-1, 3, 32, 32))
-    return torch.cat(images), labels
+        distance = distance.minimum((pixels - start - along.clamp(0, 1) * piece).abs())
+    # A pixel at the edge of the stroke is ink in part.
+    cover = (width / 2 - distance + 0.5).clamp(0, 1)  # (n, 1, 1024)
+    colours = paper + (ink - paper) * cover  # (n, 3, 1024)
+    return (colours * 255).round().to(torch.uint8).view(-1, 3, 32, 32), labels
 
 
 class DigitCodec:
     """FLUX.2's VAE in miniature, for drawn digits: a patch of 16x16x3 pixels becomes its 128
     principal components, all divided by one number, so that weak ones stay weak."""
+
+    pixels = 16
 
     def __init__(self, mean, basis, scale):
         self.mean = mean  # (768, 1, 1)
@@ -907,41 +670,42 @@ class DigitCodec:
         patches = torch.einsum("bdhw,cd->bchw", latents, self.basis) + self.mean
         return F.pixel_shuffle(patches, 16)
 
-    def compile(self):
-        """A matrix product has nothing to compile."""
-
-    def save(self, path):
-        """Writes what load_vae reads."""
-        tensors = {"mean": self.mean, "basis": self.basis, "scale": self.scale}
-        with replacing(path) as temporary:
-            temporary.write_bytes(save(tensors))
-
-
-def fit_codec(images):
-    """-> the DigitCodec of uint8 images (N, 3, H, W)."""
-    patches = F.pixel_unshuffle(to_float(images), 16).movedim(1, -1).flatten(0, 2)  # (4N, 768)
-    values, vectors = torch.linalg.eigh(torch.cov(patches.T))  # ascending
-    return DigitCodec(
-        mean=patches.mean(0)[:, None, None],
-        basis=vectors[:, -128:].flip(1).contiguous(),
-        scale=values[-128:].mean().sqrt(),
-    )
-
 
 def cache_digits(folder, n=10_000):
     """Writes n digits as a cache like any other, with their codec, unless they are there."""
     folder = Path(folder)
+    codec_file = folder / "codec.safetensors"
     shard = folder / "latents_00000.safetensors"
     if shard.exists():
         return
+    settings = {"vae": str(codec_file.resolve()), "shards": 1, "classes": list("0123456789")}
+    refuse_other_settings(folder, settings)
     images, labels = draw_digits(n, seed=1)
-    codec = fit_codec(images)
-    folder.mkdir(parents=True, exist_ok=True)
-    codec_file = folder / "codec.safetensors"
-    codec.save(codec_file)
-    latents = codec.encode(to_float(images))
+    images = to_float(images)
+    patches = F.pixel_unshuffle(images, 16).movedim(1, -1).flatten(0, 2)  # (4n, 768)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T))  # ascending
+    codec = {
+        "mean": patches.mean(0)[:, None, None],
+        "basis": vectors[:, -128:].flip(1).contiguous(),
+        "scale": values[-128:].mean().sqrt(),
+    }
+    with replacing(codec_file) as temporary:
+        save_file(codec, temporary)
+    latents = DigitCodec(**codec).encode(images)
     # A mirrored 3 is no digit: both are the picture as it is.
-    save_shard(shard, latents, latents, labels, vae=str(codec_file.resolve()))
+    save_shard(shard, latents, latents, labels)
+
+
+def labelled_rows(rows):
+    """{name: 20 images uint8 (20, 3, 32, 32)} -> one image (3, H, W): names at the left, two rows
+    of ten each, three times as large."""
+    grid = image_grid(torch.cat(list(rows.values())), columns=10)
+    grid = grid.repeat_interleave(3, 1).repeat_interleave(3, 2)  # (3, 192 rows, 960)
+    margin = Image.new("RGB", (170, grid.shape[1]), "white")
+    font = ImageFont.load_default(26)
+    for k, name in enumerate(rows):
+        ImageDraw.Draw(margin).text((160, 192 * k + 96), name, "black", font, anchor="rm")
+    return torch.cat([from_pil(margin), grid], 2)
 
 
 if __name__ == "__main__":

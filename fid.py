@@ -1,29 +1,28 @@
 """FID and Inception Score of pictures, as torch-fidelity 0.4 computes them.
 
 FID, the Frechet Inception Distance, says how far a set of pictures is from a set of real ones; 0 is
-best. A network that was trained to tell 1,000 classes apart, Inception, makes 2,048 features of
-each picture. Each set then has a mean and a covariance of features, and the distance is that of
-the two Gaussians. The JLT paper (arXiv 2605.27102) reports FID of 50,000 samples against the
-training set of ImageNet, whose statistics ADM (Dhariwal & Nichol 2021) has published.
+best. Inception, a classifier of ImageNet, turns each picture into 2,048 features. Each set becomes
+a Gaussian, the mean and the covariance of its features, and FID is the distance between the two
+Gaussians. The Inception Score needs no real pictures: it is high where the classifier is sure of
+each picture and finds many classes in all of them.
+
+The JLT paper (arXiv 2605.27102) reports FID of 50,000 samples against the training set of ImageNet,
+whose statistics ADM (Dhariwal & Nichol 2021) has published.
 
     python fid.py samples/ VIRTUAL_imagenet256_labeled.npz     # ADM's reference statistics
-    python fid.py samples.npz photos/                          # images against images
+    python fid.py samples/ photos/ --size 256                  # pictures against pictures
     python fid.py imagenet/train --size 256 --save in256.npz   # a reference of your own, then
     python fid.py samples/ in256.npz
 
-Images are a folder, searched recursively, or an npz whose arr_0 is uint8 (N, H, W, 3). They are
-scored as they are; --size crops those of folders, as encode.py does. Memory is constant but for
-4 kB an image; some 130 images wait in it as they are, so crop large ones.
+Pictures are a folder, searched recursively, or an npz whose arr_0 is uint8 (N, H, W, 3), which is
+loaded whole. They are scored as they are; --size crops those of folders, as encode.py does.
 """
 
-import contextlib
-import itertools
 import math
 import sys
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from encode import (
+    Stop,
     center_crop,
     cores,
     explaining,
@@ -41,10 +41,9 @@ from encode import (
     make_parser,
     open_rgb,
     pick_device,
-    processes,
+    positive,
     replacing,
     require,
-    require_new,
     run_command,
 )
 
@@ -53,17 +52,13 @@ WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 FEATURES = 2048
 CLASSES = 1008  # ImageNet's 1,000 and eight that were never used
+BATCH = 64  # pictures that go through the network together
 
 
 # =============================================================== scores
-def to_float64(x):
-    """Tensor of any device, or array -> float64 array."""
-    return torch.as_tensor(x).detach().cpu().double().numpy()
-
-
 class Statistics:
-    """Mean and covariance, in float64, of features that come in batches: `n`, `mean` (dim,) and
-    `cov` (dim, dim), over n - 1."""
+    """Mean and covariance, in float64, of features that come in batches: `n`, how many there were,
+    `mean` (dim,) and `cov` (dim, dim), divided by n - 1."""
 
     def __init__(self, dim=FEATURES):
         self.n = 0
@@ -75,12 +70,9 @@ class Statistics:
         return self.scatter / (self.n - 1)
 
     def update(self, features):
-        """features (B, dim), torch or numpy. Raises Stop if they are of another shape or not
-        finite."""
-        x = to_float64(features)
-        fits = x.shape[1:] == self.mean.shape and len(x) > 0
-        wanted = f"should be (B, {len(self.mean)}), free of NaN and infinity"
-        require(fits and np.isfinite(x).all(), f"features {x.shape} {wanted}", status=1)
+        """features (B, dim), numpy or torch on the CPU. Raises Stop if they are not finite."""
+        x = np.asarray(features, np.float64)
+        require(np.isfinite(x).all(), "the features hold NaN or infinity")
 
         # Chan, Golub, LeVeque 1979: scatter = scatter_old + scatter_new
         #     + (n_old * n_new / n) * outer(shift, shift), the last term here as one more row.
@@ -98,20 +90,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Frechet distance of two Gaussians, mu (D,) and sigma (D, D): Heusel et al. 2017
     (1706.08500), formula (6), |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    Rounding may leave it barely below 0. Raises Stop on NaN, infinity and other shapes."""
-    given = [np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2)]
-    mu1, sigma1, mu2, sigma2 = given
-    dim = mu1.shape[:1]
-    shapes = [x.shape for x in given]
-    fits = shapes == [dim, dim + dim, dim, dim + dim]
-    finite = all(np.isfinite(x).all() for x in given)
-    require(
-        fits and finite, f"expected finite mu (D,) and sigma (D, D) twice, got {shapes}", status=1
-    )
+    Rounding may leave it barely below 0."""
+    mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
 
     # The trace of a matrix's root is the sum of the roots of its eigenvalues. With S1 = R R^T,
     # S1 S2 has the eigenvalues of R^T S2 R, which is symmetric: its solver is stable and quick,
-    # where solvers for S1 S2 itself stray if it is singular. Rounding may leave an eigenvalue
+    # where solvers for S1 S2 itself fail if it is singular. Rounding may leave an eigenvalue
     # barely below 0.
     values, vectors = eigh(sigma1)
     root = vectors * np.sqrt(values.clip(0))
@@ -123,22 +107,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(logits, splits=10):
-    """Salimans et al. 2016 (1606.03498): exp(mean KL(p(y|x), p(y))) of each split of the logits
-    (N, classes) -> mean and population standard deviation over the splits.
-
-    Raises Stop on NaN, infinity or N < splits."""
-    logits = torch.as_tensor(logits)
+    """Salimans et al. 2016 (1606.03498): how much the classes p(y|x) that a picture is given differ
+    from those of all pictures, p(y), as exp(mean KL(p(y|x), p(y))). Logits (N, classes) are split
+    into parts of N / splits -> mean and population standard deviation over the parts."""
+    # Shuffled, by torch-fidelity's seed: of samples in the order of their classes a part would hold
+    # few classes, and score 30% lower.
     n = len(logits)
-    enough = n >= splits and logits.isfinite().all()
-    require(enough, f"expected finite logits of at least {splits} images, got {n}", status=1)
-
-    # Shuffled, by torch-fidelity's seed: a split of samples in the order of their classes would
-    # hold few of them, and score 30% lower.
     order = np.random.RandomState(2020).permutation(n)
-    bounds = [i * n // splits for i in range(splits + 1)]
     scores = []
-    for start, end in itertools.pairwise(bounds):
-        part = to_float64(logits[order[start:end]])  # (N / splits, classes)
+    for i in range(splits):
+        numbers = order[i * n // splits : (i + 1) * n // splits]
+        part = np.asarray(logits[numbers], np.float64)  # (N / splits, classes)
         # In logarithms: a probability may be too small for a float.
         log_p = log_softmax(part, axis=1)
         log_mean_p = logsumexp(log_p, axis=0) - math.log(len(part))
@@ -149,14 +128,14 @@ def inception_score(logits, splits=10):
 
 # =============================================================== the network
 # Inception v3 (Szegedy et al. 2015, 1512.00567) as TensorFlow released it on 2015-12-05. Modules
-# have the names of pytorch-fid's state dict. Where this graph is not the Inception v3 of other
-# libraries, a comment says so: published scores rest on its oddities.
+# have the names of pytorch-fid's state dict. Where this network is not the Inception v3 of other
+# libraries, a comment says so: all published scores are of this one.
 
 
 def resize_rows(x):
     """Every row of x (..., W) to 299 pixels, float32: pixel i is read at i * W / 299."""
     width = x.shape[-1]
-    # In float32 as there; in float64 other pixels would be read.
+    # In float32, as TensorFlow does; float64 would weigh the pixels differently.
     scale = torch.tensor(width / 299, dtype=torch.float32)
     position = torch.arange(299, device=x.device).float() * scale
     left = position.long()
@@ -169,10 +148,8 @@ def resize_rows(x):
 def tf_resize(images):
     """uint8 (B, 3, H, W) -> float32 (B, 3, 299, 299) in [-1, 1), bit for bit as TensorFlow 1:
     bilinear, pixel i read at i * W / 299 (other libraries: at (i + 1/2) * W / 299 - 1/2), without
-    antialiasing or rounding. Raises Stop for other input."""
-    fits = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
-    got = f"{images.dtype} {tuple(images.shape)}"
-    require(fits, f"expected images uint8 (B, 3, H, W), got {got}")
+    antialiasing or rounding. Raises Stop for images of another type."""
+    require(images.dtype == torch.uint8, f"expected uint8 (B, 3, H, W), got {images.dtype}")
     x = resize_rows(images)  # (B, 3, H, 299)
     x = resize_rows(x.mT).mT  # (B, 3, 299, 299)
     return (x - 128) / 128
@@ -192,8 +169,8 @@ class Conv(nn.Module):
 
 
 def mean_pool(x):
-    """3x3 mean that keeps the size. TensorFlow divides by the pixels inside the picture, torch by
-    nine unless it is told otherwise."""
+    """3x3 mean that keeps the size. At the edge TensorFlow divides by the number of pixels inside
+    the picture, other libraries by nine."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -208,6 +185,7 @@ def halve(x):
 
 
 def chain(x, *layers):
+    """x through the layers, one after the other."""
     for layer in layers:
         x = layer(x)
     return x
@@ -337,23 +315,11 @@ class MixedE(nn.Module):
         return torch.cat(branches, 1)
 
 
-def load_weights(path):
-    """-> the state dict in a file; for None, of the file downloaded once (96 MB)."""
-    if path is not None:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    # The hub says on stdout what it fetches; there, the score stands alone.
-    with contextlib.redirect_stdout(sys.stderr):
-        return torch.hub.load_state_dict_from_url(
-            URL, map_location="cpu", check_hash=True, weights_only=True
-        )
-
-
 class Inception(nn.Module):
     """uint8 (B, 3, H, W) -> features (B, 2048), logits (B, 1008), float32.
 
-    `weights`: the state dict of 566 tensors that pytorch-fid and torch-fidelity use, a file that
-    holds it, or None to download it. Raises Stop for others. Turns TF32 off in this process: it
-    would move the features."""
+    `weights`: a file with the state dict of 566 tensors that pytorch-fid and torch-fidelity use,
+    or None to download it once (96 MB). Raises Stop for other files."""
 
     def __init__(self, weights=None):
         super().__init__()
@@ -372,19 +338,24 @@ class Inception(nn.Module):
         self.Mixed_6e = MixedC(768, width=192)
         self.Mixed_7a = MixedD(768)
         self.Mixed_7b = MixedE(1280, mean_pool)
-        # Only here: a maximum. An oddity of the released graph, which its scores rest on.
+        # A maximum here and nowhere else: an oddity of the released network.
         self.Mixed_7c = MixedE(2048, max_pool)
         self.fc = nn.Linear(FEATURES, CLASSES)
 
-        is_state = isinstance(weights, dict)
-        name = WEIGHTS if weights is None or is_state else weights
         advice = f"no Inception weights; fetch {URL} and name the file with --weights"
-        with explaining(name, advice, status=1 if weights is None else 2):
-            self.load_state_dict(weights if is_state else load_weights(weights))
+        with explaining(weights or WEIGHTS, advice):
+            if weights:
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+            else:
+                state = torch.hub.load_state_dict_from_url(
+                    URL, map_location="cpu", check_hash=True, weights_only=True
+                )
+            self.load_state_dict(state)
         self.eval()
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
+    # CUDA's convolutions, unlike its matrix products, are in TF32 by default, which would move the
+    # features. What the process had is put back. (`enabled` is cuDNN itself.)
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     @torch.inference_mode()
     def forward(self, images):
         x = tf_resize(images)  # (B, 3, 299, 299)
@@ -402,138 +373,74 @@ class Inception(nn.Module):
         return features, logits
 
 
-# =============================================================== images and statistics in files
+# =============================================================== pictures and statistics in files
 WANTED = (
-    "give a folder of images or an npz whose arr_0 is uint8 (N, H, W, 3); "
-    "the reference may also be an npz with mu and sigma"
+    "give a folder of images, or an npz whose arr_0 is uint8 (N, H, W, 3), which --size does not "
+    "crop; the reference may also be an npz with mu and sigma"
 )
-NO_NPZ = f"no npz, or a damaged one; {WANTED}"
-
-
-def array_names(path):
-    """-> names of the arrays in an npz; [] for a folder. Raises Stop where `path` is neither."""
-    require(path.exists(), f"{path}: no such file or folder")
-    if path.is_dir():
-        return []
-    with explaining(path, NO_NPZ), zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist()]
-
-
-def holds_statistics(path):
-    names = array_names(path)
-    return "mu" in names or "ref_mu" in names
 
 
 class FolderImages:
-    """The images in a folder and below it, uint8 (H, W, 3), in the order of their names."""
+    """The images in a folder and below it, in the order of their names, read when they are asked
+    for. `size` is that of a square crop, or None."""
 
-    def __init__(self, path, size):
-        self.path = path
-        self.size = size  # of a square crop; None: the images as they are
-        self.names = list_images(path)
+    def __init__(self, folder, size):
+        self.folder = folder
+        self.size = size
+        self.names = list_images(folder)
 
     def __len__(self):
         return len(self.names)
 
-    def read(self, name):
-        advice = "not a readable image, and a score must not leave it out"
-        with explaining(self.path / name, advice):
-            image = open_rgb(self.path / name)
+    def __getitem__(self, i):
+        path = self.folder / self.names[i]
+        try:
+            image = open_rgb(path)
             if self.size:
                 image = center_crop(image, self.size)
-            return np.array(image)
-
-    def __iter__(self):
-        """Gives out 64 images while threads decode the next 64."""
-        with ThreadPoolExecutor(cores()) as pool:
-            ahead = pool.map(self.read, self.names[:64])
-            for start in range(64, len(self) + 64, 64):
-                now = ahead
-                ahead = pool.map(self.read, self.names[start : start + 64])
-                yield from now
+        except Exception as error:
+            # Pillow raises whatever the file's bytes lead it to.
+            raise Stop(f"{path}: unreadable, and a score must not leave it out ({error})") from None
+        return np.array(image)
 
 
-class NpzImages:
-    """The images of an npz's arr_0, uint8 (H, W, 3). They are read one by one from the zip: 50,000
-    of 256x256 are 9.8 GB."""
-
-    def __init__(self, path):
-        self.path = path
-        with self.open_array() as (_, shape):
-            self.shape = shape
-
-    def __len__(self):
-        return self.shape[0]
-
-    @contextlib.contextmanager
-    def open_array(self):
-        """Yields arr_0 as a stream of bytes, and its shape."""
-        with (
-            explaining(self.path, NO_NPZ),
-            zipfile.ZipFile(self.path) as archive,
-            archive.open("arr_0.npy") as file,
-        ):
-            np.lib.format.read_magic(file)
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-            # Grey, grey, RGB, RGB and alpha.
-            channels_last = len(shape) >= 3 and shape[3:] in [(), (1,), (3,), (4,)]
-            fits = dtype == np.uint8 and channels_last and not fortran_order
-            order = ", in Fortran order" if fortran_order else ""
-            require(fits, f"{self.path}: arr_0 is {dtype} {shape}{order}; {WANTED}")
-            yield file, shape
-
-    def __iter__(self):
-        """At the last image, zipfile compares the checksum of all."""
-        n, height, width = self.shape[:3]
-        size = math.prod(self.shape[1:])
-        with self.open_array() as (file, _):
-            for _ in range(n):
-                image = np.frombuffer(file.read(size), np.uint8).reshape(height, width, -1)
-                if image.shape[2] == 1:
-                    image = image.repeat(3, axis=2)
-                yield image[:, :, :3]
-
-
-def open_images(path, size=None):
-    """-> FolderImages or NpzImages. Raises Stop if there are no images, or fewer than 10."""
+def open_images(path, size):
+    """-> the images of a folder or an npz; len() is their number, [i] is uint8 (H, W, 3). Raises
+    Stop for other files and fewer than 10 images."""
     if path.is_dir():
         images = FolderImages(path, size)
     else:
-        has_images = "arr_0" in array_names(path)
-        swapped = holds_statistics(path) and not has_images
-        require(not swapped, f"{path}: these are statistics; they go second: fid.py SAMPLES {path}")
-        require(has_images, f"{path}: has no arr_0; {WANTED}")
-        images = NpzImages(path)
+        with explaining(path, WANTED), np.load(path, allow_pickle=False) as file:
+            require("arr_0" in file, f"{path}: has no arr_0; a file of statistics goes second")
+            images = file["arr_0"]
+        fits = images.dtype == np.uint8 and images.shape[3:] == (3,)
+        fits = fits and size in (None, images.shape[1])
+        require(fits, f"{path}: arr_0 is {images.dtype} {images.shape}; {WANTED}")
     few = f"{path}: {len(images)} images; scores need 10, and thousands to mean something"
     require(len(images) >= 10, few)
     return images
 
 
-class SavedStatistics(NamedTuple):
-    """Of a file; named as those of Statistics are."""
-
-    mean: np.ndarray  # (2048,)
-    cov: np.ndarray  # (2048, 2048)
-    n: int | None  # None: the file does not say
-
-
 def read_statistics(path):
-    """An npz with mu and sigma, or ref_mu and ref_sigma -> SavedStatistics. ADM's file also holds
-    some of the images; they are not read, since mu and sigma are of all of them."""
-    with explaining(path, NO_NPZ), np.load(path, allow_pickle=False) as file:
+    """An npz with mu and sigma, or ref_mu and ref_sigma -> mean (2048,), cov (2048, 2048) and n, as
+    in Statistics; n is None where the file does not say. Where there are none -> None. ADM's file
+    also holds some of its images, which are not read: mu and sigma are of all of them."""
+    if path.is_dir():
+        return None
+    with explaining(path, WANTED), np.load(path, allow_pickle=False) as file:
         prefix = "ref_" if "ref_mu" in file else ""
-        mu = file[prefix + "mu"].astype(np.float64)
-        sigma = file[prefix + "sigma"].astype(np.float64)
+        if prefix + "mu" not in file:
+            return None
+        mean = file[prefix + "mu"]
+        cov = file[prefix + "sigma"]
         n = int(file["n"]) if "n" in file else None
-    fits = mu.shape == (FEATURES,) and sigma.shape == (FEATURES, FEATURES)
-    fits = fits and np.isfinite(mu).all() and np.isfinite(sigma).all() and np.trace(sigma) >= 0
-    wanted = f"should be finite, ({FEATURES},) and a covariance ({FEATURES}, {FEATURES})"
-    require(fits, f"{path}: mu {mu.shape} and sigma {sigma.shape} {wanted}")
-    return SavedStatistics(mu, sigma, n)
+    fits = mean.shape == (FEATURES,) and cov.shape == (FEATURES, FEATURES)
+    require(fits, f"{path}: mu {mean.shape} and sigma {cov.shape} are not of {FEATURES} features")
+    return SimpleNamespace(mean=mean, cov=cov, n=n)
 
 
-def save_statistics(path, statistics, source):
-    """Writes what read_statistics reads."""
+def save_statistics(path, statistics):
+    """Writes what read_statistics reads, and the command line."""
     # A file, since np.savez would add .npz to a name.
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(
@@ -542,72 +449,45 @@ def save_statistics(path, statistics, source):
             mu=statistics.mean.astype(np.float32),
             sigma=statistics.cov,
             n=statistics.n,
-            source=source,
+            source=" ".join(sys.argv),
         )
 
 
 # =============================================================== the command
-def warn(line):
-    # tqdm's, since a progress bar may stand there.
-    tqdm.write(f"fid.py: {line}", file=sys.stderr)
-
-
-def batches(images, most=64):
-    """Lists of consecutive images of one size, at most so many."""
-    batch = []
-    for image in images:
-        if batch and (len(batch) == most or image.shape != batch[0].shape):
+def batches(images):
+    """Yields lists of images. While one is at work, threads decode the next one, and no more: a
+    whole set might not fit into memory."""
+    numbers = range(len(images))
+    with ThreadPoolExecutor(cores()) as pool:
+        ahead = pool.map(images.__getitem__, numbers[:BATCH])
+        for start in numbers[::BATCH]:
+            batch = list(ahead)
+            ahead = pool.map(images.__getitem__, numbers[start + BATCH : start + 2 * BATCH])
             yield batch
-            batch = []
-        batch.append(image)
-    yield batch
 
 
-def note_size(size, path, sizes):
-    """Warns when images of a second size turn up, of the same set or of the other. `sizes` holds
-    where each size was first seen."""
-    if size in sizes:
-        return
-    sizes[size] = path
-    if len(sizes) == 2:
-        seen = " and ".join(f"{size} pixels ({path})" for size, path in sizes.items())
-        warn(f"images of more than one size are scored: {seen}; --size crops those of folders")
-
-
-def measure(net, images, sizes):
-    """Takes all images through the network -> Statistics, logits (N, 1008)."""
+def measure(net, images, path):
+    """Takes all images through the network -> Statistics, logits (N, 1008). Raises Stop if they are
+    not of one size."""
     statistics = Statistics()
     logits = torch.empty(len(images), CLASSES)
     device = net.fc.weight.device
-    with tqdm(total=len(images), desc=images.path.name, unit="image") as bar:
+    shape = images[0].shape
+    with tqdm(total=len(images), desc=path.name, unit="image") as bar:
         for batch in batches(images):
-            height, width, _ = batch[0].shape
-            note_size(f"{width}x{height}", images.path, sizes)
+            alike = all(image.shape == shape for image in batch)
+            require(alike, f"{path}: holds images of several sizes; crop them with --size S")
             x = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)  # (B, 3, H, W)
             features, batch_logits = net(x.to(device))
             done = statistics.n
-            statistics.update(features)
+            statistics.update(features.cpu())
             logits[done : statistics.n] = batch_logits
             bar.update(len(batch))
     return statistics, logits
 
 
-def warn_if_few(path, n):
-    if n is None or n >= 50_000:
-        return
-    line = f"{path}: {n:,} images; below 50,000 scores are biased: compare at equal n only"
-    if n <= FEATURES:
-        line += f". Up to {FEATURES:,} the covariance is singular"
-    warn(line)
-
-
-def same_images(a, b):
-    """Whether two Statistics are of the same images. Files hold the mean as float32."""
-
-    def close(x, y):
-        return np.abs(x - y).max() <= 1e-5 * np.abs(y).max()
-
-    return close(a.mean, b.mean) and close(a.cov, b.cov)
+def warn(line):
+    print(f"fid.py: {line}", file=sys.stderr)
 
 
 def parse_arguments():
@@ -615,18 +495,14 @@ def parse_arguments():
     add = parser.add_argument
     add("samples", type=Path, help="folder of images, or npz with arr_0")
     add("reference", type=Path, nargs="?", help="the same, or npz with mu and sigma")
-    add("--size", type=int, metavar="S", help="crop the images of folders to S x S pixels")
+    add("--size", type=positive, metavar="S", help="crop the images of folders to S x S pixels")
     add("--save", type=Path, metavar="FILE", help="write the samples' mu, sigma and n there")
     add("--weights", type=Path, metavar="FILE", help=f"{WEIGHTS} (else downloaded once, 96 MB)")
     args = parser.parse_args()
-    _, world = processes()
-    require(world == 1, "fid.py is for one process: start it with python, not torchrun")
-    if args.size is not None:
-        require(args.size > 0, f"--size {args.size}: must be positive")
-        first = f"to crop a reference: fid.py FOLDER --size {args.size} --save FILE"
-        require(not args.samples.is_file(), f"--size: {args.samples} is no folder; {first}")
     if args.save:
-        require_new(args.save)
+        # What is there is kept: a reference takes an hour.
+        require(not args.save.exists(), f"--save {args.save}: exists already")
+        require(args.save.parent.is_dir(), f"--save {args.save}: there is no such folder")
     return args
 
 
@@ -634,40 +510,36 @@ def main():
     # Everything is opened, and refused if need be, before the network runs.
     args = parse_arguments()
     samples = open_images(args.samples, args.size)
-    reference = None
-    reference_images = None
-    if args.reference and holds_statistics(args.reference):
-        reference = read_statistics(args.reference)
-    elif args.reference:
-        reference_images = open_images(args.reference, args.size)
+    reference = read_statistics(args.reference) if args.reference else None
+    photos = None
+    if args.reference and reference is None:
+        photos = open_images(args.reference, args.size)
+        ours = (len(samples), samples[0].shape)
+        theirs = (len(photos), photos[0].shape)
+        if ours != theirs:
+            warn(f"the sets differ in number or size of images: {ours} and {theirs}")
     net = Inception(args.weights).to(pick_device())
 
-    sizes = {}
-    statistics, logits = measure(net, samples, sizes)
+    if photos is not None:
+        # First: photographs, more often than samples, are of several sizes and thus refused.
+        reference, _ = measure(net, photos, args.reference)
+    statistics, logits = measure(net, samples, args.samples)
     if args.save:
-        source = f"fid.py {args.samples}"
-        if args.size:
-            source += f" --size {args.size}"
-        save_statistics(args.save, statistics, source)
-    if reference_images is not None:
-        reference, _ = measure(net, reference_images, sizes)
+        save_statistics(args.save, statistics)
 
-    mean, deviation = inception_score(logits)
-    line = f"Inception Score {mean:.2f} +- {deviation:.2f} | n = {statistics.n} ({args.samples})"
-    warn_if_few(args.samples, statistics.n)
+    score, deviation = inception_score(logits)
+    line = f"Inception Score {score:.2f} +- {deviation:.2f} | n = {statistics.n} ({args.samples})"
+    smaller = statistics.n
     if reference is not None:
         distance = frechet_distance(statistics.mean, statistics.cov, reference.mean, reference.cov)
-        # Adding 0 makes a 0 of the -0 that rounding may leave.
-        distance = round(distance, 3) + 0
         against = f"against n = {reference.n or 'unknown'} ({args.reference})"
         line = f"FID {distance:.3f} | {line} {against}"
-        warn_if_few(args.reference, reference.n)
-        if same_images(statistics, reference):
-            warn(f"{args.samples} and {args.reference}: both sides are the same images")
-
-    line += f" | {args.weights or WEIGHTS}, TF1 resize"
-    if args.save:
-        line += f" | saved to {args.save}"
+        smaller = min(smaller, reference.n or smaller)
+    if smaller < 50_000:
+        warn(
+            f"{smaller:,} images: scores of fewer than 50,000 are biased, compare at equal n only; "
+            "up to 2,048 the covariance is singular"
+        )
     print(line)
 
 

@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from argparse import Namespace
 from functools import partial
@@ -76,17 +75,10 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-class PickledCode:
-    """Prints when it is unpickled."""
-
-    def __reduce__(self):
-        return print, ("this must not run",)
-
-
 def noise(width, height, seed=0):
     """-> an RGB image of which no two places are alike."""
-    generator = np.random.RandomState(seed)
-    return Image.fromarray(generator.randint(0, 256, (height, width, 3), dtype=np.uint8))
+    generator = np.random.default_rng(seed)
+    return Image.fromarray(generator.integers(0, 256, (height, width, 3), np.uint8))
 
 
 # What a camera writes into a picture that is to be turned by 90 degrees.
@@ -125,7 +117,7 @@ def photos(tmp_path_factory):
     for number, name in enumerate(READABLE):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         noise(40 + 9 * number, 50, number).save(root / name, exif=ON_ITS_SIDE)
-    noise(99, 99).save(root / "a/cut.jpg", exif=ON_ITS_SIDE)
+    noise(99, 99).save(root / "a/cut.jpg")
     os.truncate(root / "a/cut.jpg", 5000)
     Image.new("F", (40, 40)).save(root / "b/float.tif")
     Image.new("I", (40, 40)).save(root / "b/integers.tif")
@@ -166,9 +158,8 @@ def cache(photos, digits, tmp_path_factory):
     "width, height, halved, left, top",
     [
         (230, 150, [], 21, 0),  # 123 wide at the end, of which 43 are cut away
-        (300, 160, [(150, 80)], 35, 0),  # at exactly twice the size, too
-        (321, 750, [(160, 375), (80, 187)], 0, 53),  # a half pixel is dropped
-        (8, 4, [], 40, 0),
+        (160, 300, [(80, 150)], 0, 35),  # at exactly twice the size, too
+        (750, 321, [(375, 160), (187, 80)], 53, 0),  # a half pixel is dropped
     ],
 )
 def test_center_crop_is_adms(width, height, halved, left, top):
@@ -185,8 +176,8 @@ def test_center_crop_is_adms(width, height, halved, left, top):
 RGB = noise(20, 30)
 GRAY = RGB.convert("L")
 PALETTE = RGB.quantize(16)
-SIXTEEN = Image.fromarray(np.array([[0, 128, 129, 32768, 65406, 65407]], dtype=np.uint16))
-EIGHT = Image.fromarray(np.array([[0, 0, 1, 128, 254, 255]], dtype=np.uint8))
+SIXTEEN = Image.fromarray(np.array([[128, 129, 65406, 65407]], np.uint16))
+EIGHT = Image.fromarray(np.array([[0, 1, 254, 255]], np.uint8))
 TEXT = PngInfo()
 TEXT.add_text("Comment", "long" * 10**6, zip=True)
 
@@ -197,8 +188,6 @@ TEXT.add_text("Comment", "long" * 10**6, zip=True)
     [
         ("cmyk.tif", RGB.convert("CMYK"), {}, RGB),
         ("alpha.png", Image.merge("RGBA", [*RGB.split(), GRAY]), {}, RGB),
-        ("gray.pgm", GRAY, {}, GRAY),
-        ("gray_alpha.png", Image.merge("LA", [GRAY, GRAY]), {}, GRAY),
         ("bit.png", GRAY.convert("1"), {}, GRAY.convert("1")),
         ("deep.png", SIXTEEN, {}, EIGHT),
         ("deep.tif", SIXTEEN, {}, EIGHT),
@@ -219,15 +208,12 @@ WHOLE = ON_ITS_SIDE.tobytes()
 
 
 @pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
-@pytest.mark.parametrize("damage", ["", "cut", "garbage"])
-def test_exif_data_turn_a_picture_and_if_damaged_do_not_cost_it(tmp_path, ending, damage):
-    whole = ON_ITS_SIDE.tobytes()
-    exif = {"": whole, "cut": whole[:16], "garbage": whole[:14] + b"\xff" * 50}[damage]
+@pytest.mark.parametrize("exif, turns", [(WHOLE, -1), (WHOLE[:10], 0), (b"Exif\0\0garbage", 0)])
+def test_exif_data_turn_a_picture_and_if_damaged_do_not_cost_it(tmp_path, ending, exif, turns):
     path = tmp_path / f"picture.{ending}"
     RGB.save(path, exif=exif)
-    stored = np.asarray(Image.open(path).convert("RGB"))
-    expected = stored if damage else np.rot90(stored, -1)
-    assert np.array_equal(encode.open_rgb(path, upright=True), expected)
+    stored = Image.open(path).convert("RGB")
+    assert np.array_equal(encode.open_rgb(path, upright=True), np.rot90(stored, turns))
 
 
 def touch(root, names):
@@ -257,17 +243,14 @@ def test_which_folders_are_classes(tmp_path, tree, root, classes):
 def test_images_are_listed_through_links_which_may_lead_back(tmp_path):
     touch(tmp_path, "far/b.JPEG far/deep/a.TIFF all/c.webp all/notes.txt")
     (tmp_path / "all/far").symlink_to("../far")
-    (tmp_path / "far/deep/up").symlink_to("../..")
+    (tmp_path / "far/deep/up").symlink_to("..")
     (tmp_path / "far/itself").symlink_to("itself")
     assert encode.list_images(tmp_path / "all") == ["c.webp", "far/b.JPEG", "far/deep/a.TIFF"]
 
 
-def test_floats_become_the_bytes_they_were_and_a_grid_of_them_a_png(tmp_path):
-    image = encode.from_pil(noise(8, 2))
-    assert encode.to_uint8(torch.tensor([-1.2, 0.6 / 127.5 - 1, 3])).tolist() == [0, 1, 255]
-    images = encode.to_uint8(encode.to_float(image)).split(4, 2)
-    encode.save_png(tmp_path / "a.png", encode.image_grid(torch.stack([*images, *images]), 2))
-    assert np.array_equal(Image.open(tmp_path / "a.png"), np.tile(noise(8, 2), (2, 1, 1)))
+def test_floats_become_the_nearest_bytes():
+    floats = torch.tensor([-1.2, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, 1, 3])
+    assert encode.to_uint8(floats).tolist() == [0, 0, 1, 255, 255]
 
 
 # =============================================================== the VAE
@@ -300,7 +283,7 @@ def test_latents_and_pictures_are_those_of_diffusers_pipeline(vae, pipeline):
     theirs = SimpleNamespace(vae=autoencoder, _patchify_latents=pipeline._patchify_latents)
     x = as_batch(noise(48, 32))
     latent = pipeline._encode_vae_image(theirs, x, None)
-    assert latent.shape == (1, model.channels, 32 // model.pixels, 48 // model.pixels)
+    assert (model.channels, model.pixels) == (latent.shape[1], 16)
     torch.testing.assert_close(encode.encode(model, x), latent, rtol=1e-5, atol=2e-5)
     # The way the pipeline decodes: normalised by the statistics of the VAE's bn.
     bn = autoencoder.bn
@@ -321,20 +304,18 @@ def test_weights_of_another_model_are_refused(vae, tmp_path):
 
 # =============================================================== the cache that the command makes
 @pytest.fixture(scope="session")
-def digit_codec(digits):
+def codec(digits):
     return encode.load_vae(digits / "codec.safetensors")
 
 
-def test_a_cache_holds_every_readable_picture_its_mirror_image_and_its_label(
-    cache, photos, digit_codec
-):
+def test_a_cache_holds_every_readable_picture_its_mirror_image_and_its_label(cache, photos, codec):
     data = encode.LatentDataset(cache.folder)
     assert data.labels.tolist() == [0] * 5 + [1] * 5
     for i, name in enumerate(READABLE):
         x = as_batch(encode.center_crop(encode.open_rgb(photos / name, upright=True), 32))
         for flip, image in enumerate((x, x.flip(-1))):
             # Half a unit of fp16.
-            expected = digit_codec.encode(image)[0]
+            expected = codec.encode(image)[0]
             torch.testing.assert_close(data.item(i, flip)[0], expected, rtol=2**-11, atol=1e-5)
 
 
@@ -354,31 +335,24 @@ def test_the_command_says_what_it_found_skipped_and_made(cache):
     assert first.endswith("\\u0444\\u043e\\u0442\\u043e: 15 files, 2 classes, ['a', 'b'] ...")
     for name in UNREADABLE:
         assert f"skipped {name!a}: " in cache.err
-    mean = torch.stack([latent for latent, _ in encode.LatentDataset(cache.folder)]).mean((0, 2, 3))
-    assert last.startswith(
-        f"{cache.folder}: 10 images and their mirror images; 5 files skipped; "
-        f"channel means {mean.min():.2f} to {mean.max():.2f}, standard deviations "
-    )
+    assert "latents: 10 images and their mirror images; 5 files skipped; channel means -" in last
 
 
-def test_reconstructions_show_originals_and_what_their_latents_decode_to(
-    cache, photos, digit_codec
-):
+def test_reconstructions_show_originals_and_what_their_latents_decode_to(cache, photos, codec):
     sheet = encode.from_pil(Image.open(cache.folder / "reconstructions.png"))
-    originals, decoded = sheet.unflatten(2, (8, 32)).movedim(2, 0).split(32, 2)
-    assert torch.equal(originals[1], encode.Photos(photos, 32)[2][0])
-    expected = encode.to_uint8(digit_codec.decode(digit_codec.encode(encode.to_float(originals))))
-    assert (decoded.int() - expected.int()).abs().max() <= 1
+    # In the second column stands the third photo.
+    original = encode.Photos(photos, 32)[2][0]
+    decoded = encode.to_uint8(codec.decode(codec.encode(encode.to_float(original[None]))))[0]
+    expected = torch.cat([original, decoded], 1)
+    torch.testing.assert_close(sheet[:, :, 32:64], expected, rtol=0, atol=1)
 
 
-# =============================================================== reading a cache
-def shard(n=4, shape=(8, 4, 4), dtype=torch.float16, labels=None):
+def shard(n=4, shape=(8, 4, 4), dtype=torch.float16):
     """-> the contents of a shard of another program. Labels go down, from n - 1 to 0."""
     return {
-        "a_tensor_of_others": torch.ones(7),
         "latents": torch.randn(n, *shape).to(dtype),
         "latents_flip": torch.randn(n, *shape).to(dtype),
-        "labels": torch.arange(labels or n).flip(0),
+        "labels": torch.arange(n).flip(0),
     }
 
 
@@ -402,7 +376,6 @@ def test_caches_of_other_programs_are_read_to_the_bit(tmp_path, dtype, mirrored)
     for flip, name in enumerate(("latents", "latents_flip" if mirrored else "latents")):
         expected = torch.cat([contents[name] for contents in shards])
         assert torch.equal(torch.stack([data.read(i, flip) for i in range(9)]), expected)
-        assert torch.equal(data.item(4, flip)[0], expected[4].float())
 
 
 @pytest.mark.parametrize(
@@ -412,12 +385,10 @@ def test_caches_of_other_programs_are_read_to_the_bit(tmp_path, dtype, mirrored)
         ([shard()], "1 of 2 shards; the same encode.py command goes on"),
         ([shard(n=0), shard(n=0)], "holds no latents; was no image readable?"),
         ([shard(), shard(shape=(8, 2, 2))], "mixes latents"),
-        ([shard(), shard(dtype=torch.float32)], "mixes latents"),
         ([shard(), shard(shape=(8, 4, 2))], "00001.safetensors: no shard of square latents"),
         ([shard(), shard(shape=(8,))], "00001.safetensors: no shard of square latents"),
-        ([shard(), shard(labels=3)], "; delete it and encode again"),
+        ([shard(), shard() | {"labels": torch.zeros(3)}], "; delete it and encode again"),
         ([shard(), shard(dtype=torch.float64)], "no shard of square latents"),
-        ([shard(), {"pixels": torch.ones(4)}], "no shard of square latents"),
     ],
 )
 def test_a_cache_that_does_not_fit_is_refused(tmp_path, shards, words):
@@ -429,19 +400,19 @@ def test_a_cache_that_does_not_fit_is_refused(tmp_path, shards, words):
 def test_a_damaged_shard_is_one_line_also_from_a_reader(tmp_path):
     data = encode.LatentDataset(write_cache(tmp_path, shard()))
     path = data.paths[0]
-    os.truncate(path, 2000)
+    os.truncate(path, 500)
     with pytest.raises(encode.Stop, match=f"{path}: no shard of square latents"):
         encode.LatentDataset(tmp_path)
     for workers in (0, 1):
-        with pytest.raises(encode.Stop) as stop:
+        with pytest.raises(encode.Stop, match=rf"^{path}: cannot be read \([^\n]*\)\n?$"):
             list(DataLoader(data, num_workers=workers))
-        assert str(stop.value).startswith(f"{path}: cannot be read (")
-        assert str(stop.value).strip().count("\n") == 0
 
 
-@pytest.mark.parametrize("sign, status", [(signal.SIGINT, 1), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "sign, status, words", [(signal.SIGINT, 1, "\n-c: interrupted\n"), (signal.SIGKILL, -9, "")]
+)
 def test_an_interrupted_command_continues_to_the_same_bytes(
-    cli, photos, cache, tmp_path, monkeypatch, sign, status
+    cli, photos, cache, tmp_path, monkeypatch, sign, status, words
 ):
     root = shutil.copytree(photos, tmp_path / "photos")
     first = tmp_path / "latents/latents_00000.safetensors"
@@ -456,15 +427,14 @@ def test_an_interrupted_command_continues_to_the_same_bytes(
         time.sleep(0.01)
     # To all of its processes, as a terminal does.
     os.killpg(process.pid, sign)
-    if sign == signal.SIGINT:
-        (root / "b/1.png").write_bytes(b"")
+    # A writer comes and goes: nothing to read.
+    os.close(os.open(root / "b/1.png", os.O_RDWR))
     _, err = process.communicate(timeout=30)
     assert process.returncode == status
     assert "Traceback" not in err
-    assert ("\n-c: interrupted\n" in err) == (sign == signal.SIGINT)
+    assert words in err
 
     picture.replace(root / "b/1.png")
-    (first.parent / ".tmp.latents_00001.safetensors").write_bytes(b"half")
     monkeypatch.setattr(encode, "SHARD", 5)
     assert "makes 2 of 3 shards" in cli(encode, *arguments)[1]
     assert files_of(first.parent) == files_of(cache.folder)
@@ -481,24 +451,16 @@ def test_two_processes_make_the_same_bytes(cache, tmp_path):
     assert len(out.splitlines()) == 3
 
 
-def test_processes_take_shards_by_number_and_the_first_waits_for_all(
-    cli, cache, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(encode, "SHARD", 5)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_processes_take_shards_by_number_not_by_what_is_missing(cli, cache, tmp_path, monkeypatch):
     out = shutil.copytree(cache.folder, tmp_path / "latents")
-    shards = sorted(out.glob("latents_*"))
-    for path in shards:
-        path.unlink()
+    for k in (1, 2):
+        (out / f"latents_0000{k}.safetensors").unlink()
+    monkeypatch.setattr(encode, "SHARD", 5)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli(encode, *cache.arguments, "--out", out)[:2] == (0, "")
-    assert sorted(out.glob("latents_*")) == [shards[1]]
-
-    later = shards[1].rename(tmp_path / "later")
-    threading.Timer(1, os.replace, [later, shards[1]]).start_encoding()
-    monkeypatch.setenv("RANK", "0")
-    assert "10 images and their mirror images" in cli(encode, *cache.arguments, "--out", out)[1]
-    assert files_of(out) == files_of(cache.folder)
+    missing = {"latents_00002.safetensors"}
+    assert set(files_of(cache.folder)) - set(files_of(out)) == missing
 
 
 def test_a_file_is_replaced_when_it_is_whole_without_a_look_through_its_folder(
@@ -525,27 +487,23 @@ OWN = {"count": 3, "nested": {"numbers": [0.1, 1.0]}}
 
 
 @pytest.mark.parametrize(
-    "changed, defaults, line",
+    "changed, words",
     [
-        ({}, None, "$"),
-        ({"count": 4}, None, "count 3 .now 4.; give another --out"),
-        (
-            {"count": 4, "nested": {}},
-            None,
-            "count 3 .now 4., nested {'numbers': .0.1, 1.0.} .now {",
-        ),
-        ({"newer": 1}, {"newer": 1, "count": 5}, "$"),
-        ({"newer": 2}, {"newer": 1}, "newer 1 .now 2."),
+        ({"count": 4}, "count 3 .now 4.; give another --out"),
+        ({"count": 4, "nested": {}}, "count 3 .now 4., nested {'numbers': .0.1, 1.0.} .now {}."),
+        ({"newer": 2}, "newer 1 .now 2."),
     ],
 )
-def test_a_folder_refuses_other_settings(tmp_path, changed, defaults, line):
+def test_a_folder_refuses_other_settings(tmp_path, changed, words):
     folder = tmp_path / "in/a/folder"
     touch(folder, ".tmp.settings.json")
     encode.refuse_other_settings(folder, OWN)
     touch(folder, "another.file")
-    with pytest.raises(encode.Stop, match=f"^({folder}: made with other settings: )?{line}"):
+    # A setting that the folder lacks has its default.
+    defaults = {"count": 5, "newer": 1}
+    encode.refuse_other_settings(folder, OWN | {"newer": 1}, defaults)
+    with pytest.raises(encode.Stop, match=f"{folder}: made with other settings: {words}"):
         encode.refuse_other_settings(folder, OWN | changed, defaults)
-        raise encode.Stop("")
     assert encode.read_settings(folder) == OWN
 
 
@@ -566,16 +524,14 @@ def test_mistakes_are_one_line(cli, error, line):
     assert err.startswith(f"program.py: {line}")
 
 
-@pytest.mark.parametrize("error", [ValueError, RuntimeError])
-def test_other_errors_keep_their_traceback(error):
-    with pytest.raises(error):
-        encode.run_command(mock.Mock(side_effect=error))
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ValueError):
+        encode.run_command(mock.Mock(side_effect=ValueError))
 
 
 @pytest.mark.parametrize(
     "error, line",
     [
-        (FileNotFoundError(2, "No such file", "a"), r"a: no zip \(.*No such file: 'a'"),
         (RuntimeError("Bad magic. And more"), r"^a: no zip \(Bad magic\)$"),
         (RuntimeError("long" * 100), r"^a: no zip \((long){50}\)$"),
         (EOFError(), r"^a: no zip \(EOFError\)$"),
@@ -587,17 +543,11 @@ def test_reading_explains_what_went_wrong(error, line):
         raise error
 
 
-def test_each_process_has_a_gpu_of_its_own_if_there_are_any(monkeypatch):
-    # A build for CUDA says this of a machine without, too.
+def test_a_gpu_that_is_not_there_is_not_picked(monkeypatch):
+    # As a build for CUDA says it on a machine without.
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: cuda)
     assert encode.pick_device() == torch.device("cpu")
-
-    monkeypatch.setattr(torch.cuda, "set_device", mock.Mock())
-    monkeypatch.setattr(torch, "ones", mock.Mock())
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert encode.pick_device("cuda") == torch.device("cuda:1")
-    torch.cuda.set_device.assert_called_once_with(torch.device("cuda:1"))
 
 
 def test_digits_are_the_same_everywhere_and_of_all_classes_in_turn():
@@ -606,31 +556,24 @@ def test_digits_are_the_same_everywhere_and_of_all_classes_in_turn():
     # Across the first, in red.
     row = images[0, 0, 12, 8:24:3].tolist()
     assert row == pytest.approx([194, 67, 67, 67, 194, 67], abs=1)
-    assert images.double().mean().item() == pytest.approx(63.053, abs=0.01)
 
 
-def test_a_cache_of_digits_is_read_like_any_other(digits, digit_codec):
+def test_a_cache_of_digits_is_read_like_any_other(digits, codec):
     before = files_of(digits)
     encode.cache_digits(digits, n=30)
     assert files_of(digits) == before
 
     data = encode.LatentDataset(digits)
-    assert (len(data), data.class_names) == (600, list("0123456789"))
     images = encode.to_float(encode.draw_digits(600, seed=1)[0])
     latents = torch.stack([latent for latent, _ in data])
-    torch.testing.assert_close(latents, digit_codec.encode(images), rtol=2**-10, atol=1e-4)
+    torch.testing.assert_close(latents, codec.encode(images), rtol=2**-10, atol=1e-4)
     # A digit is not mirrored.
     assert torch.equal(data.item(3, flip=True)[0], latents[3])
-    # The codec is an orthonormal projection, and keeps most of what it was fitted on.
-    torch.testing.assert_close(
-        digit_codec.basis.T @ digit_codec.basis, torch.eye(128), rtol=0, atol=1e-4
-    )
-    decoded = digit_codec.decode(latents)
-    torch.testing.assert_close(digit_codec.encode(decoded), latents, rtol=0, atol=1e-3)
-    assert (decoded - images).square().mean() < 0.01
-    # The largest variance comes first; their mean is one.
+    # The codec is an orthonormal projection onto the directions of large variance.
+    again = codec.encode(codec.decode(latents))
+    torch.testing.assert_close(again, latents, rtol=0, atol=1e-3)
     variances = latents.var((0, 2, 3))
-    assert (variances.diff() < 0.2).all()
+    assert variances[0] > 100 * variances[127]
     assert variances.mean().item() == pytest.approx(1, abs=0.01)
 
 
@@ -638,19 +581,16 @@ def test_rows_of_digits_are_labelled_and_enlarged():
     images, _ = encode.draw_digits(40, seed=5)
     picture = encode.labelled_rows({"real": images[:20], "predicts x": images[20:]})
     assert torch.equal(picture[:, 2::3, 171::3], encode.image_grid(images, columns=10))
-    # The longer name has more ink.
-    assert 99 < (picture[0, :192, :170] < 128).sum() < (picture[0, 192:, :170] < 128).sum()
+    assert (picture[0, 192:, :170] < 128).sum() > 500
 
 
 @pytest.mark.parametrize(
     "line, status, words",
     [
         ("", 2, "arguments are required: images"),
-        ("few --size big", 2, "--size: invalid positive value: 'big'"),
         ("few --batch 0", 2, "--batch: invalid positive value: '0'"),
         ("few --siz 64", 2, "unrecognized arguments: --siz 64"),
         ("nowhere", 1, "nowhere: no images in class folders; arrange them as CLASS/image.jpg"),
-        ("few/a", 1, "few/a: no images in class folders"),
         ("few --device tpu", 1, "--device tpu: not on this machine, which has cpu"),
         ("few --vae nobody/no-such-vae", 1, "--vae nobody/no-such-vae: no AutoencoderKLFlux2"),
         ("few --vae few", 1, "--vae few: no AutoencoderKLFlux2 there; to fetch one: hf download"),
@@ -660,7 +600,7 @@ def test_rows_of_digits_are_labelled_and_enlarged():
         ("few --vae {codec} --out few", 1, "few: has files, but no settings.json; give another"),
         ("few --vae {codec} --out out", 1, "made with other settings: size 32 (now 256); give"),
         ("few --vae {vae} --size 32 --out out", 1, "settings: vae {codec} (now {vae}); give "),
-        ("less --vae {codec} --size 32 --out out", 1, "made with other settings: files "),
+        (". --vae {codec} --size 32 --out out", 1, "made with other settings: files "),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -668,16 +608,15 @@ def test_a_mistake_is_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(encode, "SHARD", 5)
-    for name, folder in (("few", photos), ("less", photos), ("out", cache.folder)):
-        shutil.copytree(folder, name)
-    Path("less/a/0.png").unlink()
+    shutil.copytree(photos, "few")
+    shutil.copytree(cache.folder, "out")
     Path("file").touch()
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = sorted(tmp_path.rglob("*"))
     names = {"codec": digits / "codec.safetensors", "vae": vae}
     code, _, err = cli(encode, *line.format(**names).split())
     assert (code, err.strip().count("\n")) == (status, 0), err
     assert words.format(**names) in err
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # =============================================================== score
@@ -688,6 +627,13 @@ def is_one_line(result, *words, status=1):
     assert err.startswith("fid.py: ")
     for word in words:
         assert str(word) in err
+
+
+class PickledCode:
+    """Prints when it is unpickled."""
+
+    def __reduce__(self):
+        return print, ("this must not run",)
 
 
 # ---------------------------------------------------------------- resize
@@ -1606,7 +1552,7 @@ def test_every_parameter_gets_a_finite_gradient_from_the_loss():
 def test_bfloat16_products_stay_near_float32_and_norms_are_float32():
     net = random_jlt(hidden_size=64)
     exact = net(*GIVEN)
-    norm = jlt.RMSNorm(64)
+    norm = net.blocks[0].norm1
     h = normals(5, 64).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert 0 < (net(*GIVEN) - exact).abs().max() < 0.03 * exact.abs().max()
@@ -1779,7 +1725,7 @@ def pixels_of(path):
 
 
 @pytest.fixture(scope="session")
-def codec(tmp_path_factory):
+def digit_file(tmp_path_factory):
     """The file of a codec of drawn digits: a decoder of latents (128, 2, 2)."""
     folder = tmp_path_factory.mktemp("digits")
     encode.cache_digits(folder, n=100)
@@ -1787,14 +1733,14 @@ def codec(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def latents(codec):
-    return load_file(codec.parent / "latents_00000.safetensors")["latents"][:24]
+def latents(digit_file):
+    return load_file(digit_file.parent / "latents_00000.safetensors")["latents"][:24]
 
 
 @pytest.fixture(scope="session")
-def run_cache(latents, codec, tmp_path_factory):
+def run_cache(latents, digit_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "cache"
-    return write_latents(folder, latents, classes=NUMBERS, vae=str(codec))
+    return write_latents(folder, latents, classes=NUMBERS, vae=str(digit_file))
 
 
 @pytest.fixture
@@ -1878,7 +1824,7 @@ def test_defaults_lie_in_layers(flags, expected):
 def test_help_mentions_every_flag(cli):
     _, out, _ = cli(jlt, "--help")
     for name in vars(jlt.read_flags([])[0]):
-        assert re.search(rf"^  {flag_of(name)}\b", out, re.MULTILINE), name
+        assert f"\n  {flag_of(name)} " in out
 
 
 @pytest.mark.parametrize(
@@ -1892,7 +1838,7 @@ def test_help_mentions_every_flag(cli):
 def test_a_mistake_in_a_flag_names_it(cli, flags):
     status, out, err = cli(jlt, *flags.split())
     assert (status, out) == (2, "")
-    assert re.search(flags.split(" --")[-1].split()[0] + r"\b", err.splitlines()[-1])
+    assert flags.split()[0] in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -1911,7 +1857,7 @@ def test_a_mistake_in_a_flag_names_it(cli, flags):
         ("--sample {cache}/latents_00000.safetensors --n 3", "safetensors: holds no JLT"),
         ("--sample {run} --n 3 --target x", "target"),
         ("--sample {run} --n 3 --depth 3", "depth"),
-        ("--sample {run} --n 3 --vae no/codec.safetensors", "--vae no/codec.safetensors: not a"),
+        ("--sample {run} --n 3 --vae no/codec.safetensors", "no/codec.safetensors"),
         ("--sample {run} --classes 12", "--classes 12: "),
         ("--sample {run} --classes 1 bee", "--classes bee: "),
         ("--sample {run} --classes -1", "--classes -1: "),
@@ -1943,7 +1889,7 @@ def test_the_first_steps_are_adamw_with_warm_up_clipping_and_an_average(
     train(*flags, "--data", cache)
 
     config, _ = jlt.read_flags(flags)
-    batches = jlt.micro_batches(encode.LatentDataset(cache), config)
+    data = encode.LatentDataset(cache)
     torch.manual_seed(config.seed)
     net = jlt.JLT(2, 1, 128, 32, depth=2, num_heads=1, num_classes=12)
     weights = list(net.parameters())
@@ -1953,9 +1899,11 @@ def test_the_first_steps_are_adamw_with_warm_up_clipping_and_an_average(
     for step, row in enumerate(log_of(tmp_path / "run")):
         parts = []
         for m in range(2):
-            x, y = next(batches)
+            picks = jlt.picks(24, config, step, m)
+            x = torch.stack([data.item(*pick)[0] for pick in picks])
+            y = data.labels[[index for index, _ in picks]]
             t, eps, y = jlt.draws(config, step, m, x, y, 12)
-            parts.append([t, jlt.flow_loss(net, x.float(), y, t, eps, *settings)])
+            parts.append([t, jlt.flow_loss(net, x, y, t, eps, *settings)])
         times, losses = map(torch.cat, zip(*parts, strict=True))
         losses.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(weights, 1)
@@ -2020,7 +1968,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train, nan_c
     [
         ("kill -9 -{group}", r"^$"),
         # As a terminal does with Ctrl-C.
-        ("kill -2 -{group}", r"^jlt.py: interrupted\n$"),
+        ("kill -2 -{group}", r"jlt.py: interrupted\n$"),
         ("kill -9 $(pgrep -P {group} | head -1)", r"worker .* killed by signal|reset by peer"),
         ("rm {shard}", r"^jlt.py: {shard}: cannot be read \(.*\)\n$"),
     ],
@@ -2058,7 +2006,7 @@ def test_an_error_in_a_step_ends_the_processes_that_read(start, latents, tmp_pat
 
 @pytest.mark.parametrize("name", jlt.FIXED)
 def test_what_is_learned_may_not_change(train, finished, name):
-    old = json.loads((finished / "settings.json").read_text())[name]
+    old = encode.read_settings(finished)[name]
     before = files_of(finished)
     result = train("--steps", 5, *changed(name, old))
     one_line(result, f"{finished}: made with other settings: ", f"{name} {old} (now ")
@@ -2081,7 +2029,7 @@ def test_everything_else_may_change(train, finished, run_cache, tmp_path):
 
 
 def test_a_run_goes_on_with_its_own_latents_only(train, finished, latents, run_cache, tmp_path):
-    settings = json.loads((run_cache / "settings.json").read_text())
+    settings = encode.read_settings(run_cache)
     write_latents(tmp_path / "labels", latents, LABELS.flip(0), **settings)
     write_latents(tmp_path / "settings", latents, **settings, size=512)
     for name in ("labels", "settings"):
@@ -2105,7 +2053,7 @@ def test_a_run_of_which_a_file_is_gone_is_not_overwritten(train, finished, gone,
 
 
 def test_a_setting_that_an_older_version_did_not_know_has_its_default(train, finished):
-    settings = json.loads((finished / "settings.json").read_text())
+    settings = encode.read_settings(finished)
     del settings["loss"]
     (finished / "settings.json").write_text(json.dumps(settings))
     one_line(train("--loss", "x"), "made with other settings: loss v (now x)")
@@ -2184,7 +2132,7 @@ def given(sampled, monkeypatch):
 
 @pytest.mark.parametrize("other", ["ckpt.pt", "ema.safetensors"])
 def test_a_run_samples_from_its_average_with_its_own_settings(
-    given, finished, codec, tmp_path, other
+    given, finished, digit_file, tmp_path, other
 ):
     state = checkpoint_of(finished)
     # Whoever is given a run may be given only one of its files.
@@ -2197,7 +2145,7 @@ def test_a_run_samples_from_its_average_with_its_own_settings(
     assert own["y"].tolist() == [4, 1]
     # Not the seed of the run.
     assert torch.equal(own["noise"], given("--seed", 0)["noise"])
-    images = encode.to_uint8(encode.load_vae(codec).decode(own["noise"]))
+    images = encode.to_uint8(encode.load_vae(digit_file).decode(own["noise"]))
     row = torch.cat([*images], 2).permute(1, 2, 0)
     np.testing.assert_allclose(pixels_of(tmp_path / "out.png"), row, atol=1)
 
@@ -2235,9 +2183,9 @@ def test_checkpoints_are_mapped(train, finished, monkeypatch):
     assert load.call_args.kwargs["mmap"]
 
 
-def test_another_decoder_may_make_the_pictures(sampled, codec, tmp_path):
+def test_another_decoder_may_make_the_pictures(sampled, digit_file, tmp_path):
     sampled("--n", 1)
-    tensors = load_file(codec)
+    tensors = load_file(digit_file)
     other = tmp_path / "codec.safetensors"
     flags = ["--n", 1, "--vae", other]
     save_file(tensors | {"basis": -tensors["basis"]}, other)
@@ -2266,12 +2214,14 @@ def test_a_name_of_a_class_goes_before_its_number(word, label):
 
 # =============================================================== sampling: a folder
 @pytest.mark.parametrize("micro_batch", [1, 4])
-def test_a_folder_has_all_classes_in_turn_whatever_the_micro_batch(sampled, tmp_path, micro_batch):
-    assert "holds 14 images" in sampled("--n", 14, "--micro-batch", micro_batch)[1]
-    names = [f"{i:06d}.png" for i in range(14)]
-    assert sorted(files_of(tmp_path / "out")) == [*names, "settings.json"]
-    sampled("--classes", *NUMBERS, "0", "1", out="row")
-    row = np.concatenate([pixels_of(tmp_path / "out" / name) for name in names], 1)
+def test_a_folder_has_all_classes_in_turn_whatever_the_micro_batch(
+    sampled, digit_file, tmp_path, micro_batch
+):
+    torch.save(published(), tmp_path / "any.pth")
+    flags = ["--sample", tmp_path / "any.pth", "--vae", digit_file, "--sample-steps", 2]
+    assert "holds 7 images" in sampled(*flags, "--n", 7, "--micro-batch", micro_batch)[1]
+    sampled(*flags, "--classes", 0, 1, 2, 3, 4, 0, 1, out="row")
+    row = np.concatenate([*map(pixels_of, sorted((tmp_path / "out").glob("0*")))], 1)
     np.testing.assert_allclose(pixels_of(tmp_path / "row.png"), row, atol=1)
 
 
@@ -2292,7 +2242,7 @@ def test_an_interrupted_folder_is_completed_to_the_same_bytes(sampled, tmp_path)
 def test_a_folder_keeps_its_settings(sampled, tmp_path, name):
     sampled("--n", 1)
     before = files_of(tmp_path / "out")
-    value = json.loads(before["settings.json"])[name]
+    value = encode.read_settings(tmp_path / "out")[name]
     result = sampled("--n", 2, *changed(name, value))
     one_line(result, f"made with other settings: {name} {value} (now ")
     assert files_of(tmp_path / "out") == before
@@ -2317,9 +2267,9 @@ def test_processes_share_a_folder(sampled, tmp_path, monkeypatch):
     there = ["000000.png", "000002.png", "000003.png", "000006.png", "settings.json"]
     assert sorted(files_of(folder)) == there
     # The first one waits for the other's images.
-    (folder / "000006.png").unlink()
-    late = mock.Mock(side_effect=lambda _: shutil.copy(tmp_path / "whole/000006.png", folder))
-    monkeypatch.setattr(time, "sleep", late)
+    late = folder / "000006.png"
+    late.unlink()
+    monkeypatch.setattr(time, "sleep", lambda _: os.link(tmp_path / "whole/000006.png", late))
     monkeypatch.setenv("RANK", "0")
     assert "holds 7 images" in sampled("--n", 7, "--micro-batch", 2)[1]
 
@@ -2357,10 +2307,10 @@ def published(prefix="net.", dtype=torch.float32, **changes):
     ],
 )
 def test_the_published_checkpoint_is_read_exactly(
-    given, codec, tmp_path, prefix, dtype, changes, target, t_eps
+    given, digit_file, tmp_path, prefix, dtype, changes, target, t_eps
 ):
     torch.save(published(prefix, dtype, **changes), tmp_path / "any.pth")
-    call = given("--sample", tmp_path / "any.pth", "--vae", codec)
+    call = given("--sample", tmp_path / "any.pth", "--vae", digit_file)
     expected = {"target": target, "t_eps": t_eps, "steps": 50, "cfg": 2.9, "interval": [0.1, 1.0]}
     assert call.items() >= expected.items()
     assert call["noise"].shape == (2, 128, 2, 2)
@@ -2368,12 +2318,12 @@ def test_the_published_checkpoint_is_read_exactly(
     torch.testing.assert_close(dict(call["net"].state_dict()), weights, rtol=0, atol=0)
 
 
-def test_the_published_checkpoint_is_fetched_by_its_name(given, codec, tmp_path, monkeypatch):
+def test_the_published_checkpoint_is_fetched_by_its_name(given, digit_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(published(), "checkpoint-last.pth")
     fetch = mock.Mock(return_value=str(tmp_path))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert given("--sample", "dawn-neo/JLT", "--vae", codec)["t_eps"] == 0.07
+    assert given("--sample", "dawn-neo/JLT", "--vae", digit_file)["t_eps"] == 0.07
     # Not also ckpt.pt, which is four times as large.
     patterns = ["ema.safetensors", "checkpoint-last.pth"]
     fetch.assert_called_once_with("dawn-neo/JLT", allow_patterns=patterns)
@@ -2412,11 +2362,11 @@ def test_half_a_checkpoint_is_refused_and_left_alone(train, finished):
     ],
 )
 def test_anything_else_is_refused_and_runs_no_code(
-    cli, codec, tmp_path, monkeypatch, change, words
+    cli, digit_file, tmp_path, monkeypatch, change, words
 ):
     monkeypatch.chdir(tmp_path)
     torch.save(published() | change, "any.pth")
-    one_line(cli(jlt, "--sample", "any.pth", "--vae", codec, "--n", 1), words)
+    one_line(cli(jlt, "--sample", "any.pth", "--vae", digit_file, "--n", 1), words)
     assert not Path("code_was_run").exists()
     assert not list(tmp_path.rglob("*.png"))
 
@@ -2451,7 +2401,7 @@ def test_geometry_prints_the_formulas_of_the_digits(cli, few_digits):
 def test_the_demo_compares_x_and_v(cli, few_digits):
     flags = ["--demo", "--depth", 1, "--hidden-size", 32, "--steps", 7, "--sample-steps", 1]
     _, out, _ = cli(jlt, *flags)
-    x, v = (json.loads(Path(f"runs/demo/{run}/settings.json").read_text()) for run in "xv")
+    x, v = (encode.read_settings(Path("runs/demo") / target) for target in "xv")
     assert [name for name in x if x[name] != v[name]] == ["target"]
     table = [line for line in out.splitlines() if line.endswith("%")]
     assert [line[:12].strip() for line in table] == ["real", "predicts x", "predicts v"]

@@ -138,9 +138,12 @@ def ignore_interrupts(worker):
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary name that becomes `path` once the file is written: whoever reads `path`
-    finds what was there before or all of the new file. One process at a time may write a path."""
+    finds what was there before or all of the new file, also after a power cut. One process at a
+    time may write a path."""
     temporary = path.with_name(f".tmp.{path.name}")
     yield temporary
+    with open(temporary, "rb+") as file:
+        os.fsync(file)
     os.replace(temporary, path)
 
 
@@ -198,12 +201,6 @@ EXTENSIONS = (
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
-def is_left_behind(name):
-    """Files and folders of editors, notebooks, Macs and network drives, which hold no pictures of
-    anybody's."""
-    return name.startswith((".", "@eaDir", "__MACOSX"))
-
-
 def list_images(folder, above=()):
     """Sorted paths, relative to `folder`, of the image files in it and below it. Links to folders
     are followed, unless they lead back to one of the folders `above`. Left out are folders of this
@@ -213,7 +210,8 @@ def list_images(folder, above=()):
         return []
     found = []
     for path in folder.iterdir():
-        if is_left_behind(path.name):
+        # Left behind by editors, notebooks, network drives and Macs: nobody's pictures.
+        if path.name.startswith((".", "@eaDir", "__MACOSX")):
             continue
         if path.name.lower().endswith(EXTENSIONS):
             found.append(path.name)
@@ -344,7 +342,9 @@ def load_vae(name=VAE, device="cpu", compiled=False):
             folder = Path(snapshot_download(name, allow_patterns=files))
         if (folder / "vae").is_dir():
             folder = folder / "vae"
-        autoencoder, report = AutoencoderKLFlux2.from_pretrained(folder, output_loading_info=True)
+        autoencoder, report = AutoencoderKLFlux2.from_pretrained(
+            folder, torch_dtype=torch.float32, output_loading_info=True
+        )
         # diffusers only warns of keys that are missing, unexpected or of another shape.
         require(not any(report.values()), f"--vae {name}: holds the weights of another model")
     # In float32, with the TF32 products that cuDNN takes by default on CUDA: they move latents by
@@ -515,7 +515,6 @@ def encode_shards(vae, photos, shards, workers):
             parts.append((latents[readable], flipped[readable], labels[readable]))
             bar.update(len(images))
         save_shard(path, *map(torch.cat, zip(*parts, strict=True)))
-    bar.close()
 
 
 def summarize(folder, files):
@@ -580,7 +579,7 @@ def main():
     # By number, not by what is missing: the processes look at different moments.
     missing = {path: shards[path] for path in list(shards)[rank::world] if not path.exists()}
     if rank == 0:
-        print(f"this process makes {len(missing)} of {len(shards)} shards", flush=True)
+        print(f"this process makes {len(missing)} of {len(shards)} shards")
         save_reconstructions(args.out / "reconstructions.png", vae, photos)
     encode_shards(vae, photos, missing, args.workers)
     if rank == 0:

@@ -17,17 +17,19 @@ takes another way (Lipman et al. 2022, 2210.02747).
 
 The network may be asked for v, or for the clean latent x, from which v = (x - z_t) / (1 - t). The
 best velocity is the same, and the loss is the squared error of the velocity for both. What differs
-is what the network itself has to put out. In a direction of the 128 channels in which the data
-hardly vary, x is about 0 and z_t is about (1 - t) eps. There the answer for x is 0. The answer for
-v is -z_t / (1 - t), about -eps: the network has to copy the noise from its input to its output.
-Asked for x, the network may forget that noise; the formula puts z_t back in, outside of it.
+is what the network itself has to put out. The channels are correlated: some weighted sums of them,
+directions as in PCA, hardly vary, though every channel does. In such a direction x is about 0, its
+mean, and z_t is about (1 - t) eps. There the answer for x is 0. The answer for v is
+-z_t / (1 - t), about -eps: the network has to copy the noise from its input to its output. Asked
+for x, the network may forget that noise; the formula puts z_t back in, outside of it.
 
 A network that is narrower than the 128 channels of a position cannot copy all of the noise; the
 demo shows what becomes of it. The paper's networks are six to ten times as wide. They could copy
-the noise, but must learn to do so at every t, and training draws few late times. In small
-experiments we added g z_t to the output, with a learned gain g for each channel that depends on t:
-it carries the noise past the network. Then v did as well as x in narrow networks, and nearly as
-well in wide ones (assets/experiments.md). Whether copying explains the paper's figures is open:
+the noise, but with a gain, -1 / (1 - t), that grows steeply at late times, of which training draws
+few. In small experiments (not in this file) we added g z_t to the output, with a learned gain g for
+each channel that depends on t: it carries the noise past the network. Then v did as well as x in
+narrow networks, and nearly as well in wide ones (assets/experiments.md). Whether copying explains
+the paper's figures is open:
 
     FID (distance to real pictures)      x        v        everything else equal
     JLT-B/1, paper of May 2026           2.56     6.56
@@ -40,15 +42,16 @@ well in wide ones (assets/experiments.md). Whether copying explains the paper's 
     python jlt.py --sample runs/B-1-x --classes 207 360      # or --n 50000, and fid.py scores them
     torchrun --nproc-per-node 8 jlt.py --micro-batch 128 --out runs/eight
 
-(Eight GPUs need eight micro-batches in a step, of 1,024 / 8 images. That makes another run, in
-another folder.) Interrupted? The same command continues. Other latents will do, too: `--data` takes
-a folder of files latents_*.safetensors with `latents` (N, C, H, H), of about mean 0 and standard
-deviation 1, and `labels` (N,).
+(Eight GPUs need at least eight micro-batches in a step, of 1,024 / 8 images. That makes another
+run, in another folder.) Interrupted? The same command continues. Other latents will do, too:
+`--data` takes a folder of files latents_*.safetensors with `latents` (N, C, H, H), of mean 0 and
+standard deviation 1 over all, and `labels` (N,). With `latents_flip`, those of the mirrored
+pictures, half of the latents shown are mirrored; without, none.
 
 From top to bottom: the method; why x; the network; settings; data order and noise; training;
 sampling; the geometry of a cache; the demo. In encode.py: pictures, the VAE, the cache, and how
 mistakes are reported. `require` and `explaining` raise Stop, a ValueError, which the command line
-prints as one line.
+prints as one line; `replacing` writes a file whole or not at all.
 """
 
 import argparse
@@ -96,8 +99,8 @@ def true_output(x, eps, target):
 
 def velocity(out, z, t, target, t_eps=0.05):
     """The readout (App. A): the velocity that the network's output means. On the path
-    v = x - eps = (x - z) / (1 - t) = (z - eps) / t. A divisor below t_eps becomes t_eps; target v
-    has no divisor. Raises ValueError for another target."""
+    v = x - eps = (x - z) / (1 - t) = (z - eps) / t. A divisor below t_eps (a time, no noise)
+    becomes t_eps; target v has no divisor. Raises ValueError for another target."""
     require(target in TARGETS, f"target {target!r} is none of {TARGETS}")
     t = t.view(-1, 1, 1, 1)
     if target == "x":
@@ -113,12 +116,13 @@ def flow_loss(net, x, y, t, eps, target="x", t_eps=0.05, loss="v"):
 
     loss="v", the paper's: the squared error of the velocity, for every target. In terms of the
     network's output it is |v^ - v|^2 for target v, |x^ - x|^2 / max(1 - t, t_eps)^2 for target x,
-    and |eps^ - eps|^2 / max(t, t_eps)^2 for target eps.
+    and |eps^ - eps|^2 / max(t, t_eps)^2 for target eps, where |.|^2 is a mean over C, H and W.
     loss="x": that error times max(1 - t, t_eps)^2, so that late times weigh less. For target x it
-    is |x^ - x|^2 (in the paper's second version). loss="eps": that error times max(t, t_eps)^2.
+    is |x^ - x|^2, which the revised paper tries, too.
+    loss="eps": that error times max(t, t_eps)^2.
 
-    A new network puts out 0, and x has variance 1. So the first loss is 2 for target v, the
-    variance of x - eps, and about 3 for target x, the mean of 1 / (1 - t)^2 over the times of
+    A new network puts out 0, and x has mean 0 and variance 1. So the first loss is 2 for target v,
+    the variance of x - eps, and about 3 for target x, the mean of 1 / (1 - t)^2 over the times of
     training (--logit-t). Raises ValueError for another target or loss."""
     require(loss in TARGETS, f"loss {loss!r} is none of {TARGETS}")
     z = interpolate(x, eps, t)
@@ -181,7 +185,7 @@ def sample(
 
 
 # =============================================================== why x
-# Section 3.2 and App. B of the paper. Suppose that tokens are Gaussian, x ~ N(0, diag(lam)), of
+# Section 3.2 and App. B of the paper. Suppose that positions are Gaussian, x ~ N(0, diag(lam)), of
 # variance lam in each direction. Then z has the variance V = t^2 lam + (1 - t)^2, and everything is
 # known in closed form:
 #
@@ -189,7 +193,7 @@ def sample(
 #     E[v|z] = (t lam - (1 - t)) z / V      Var(v|z)   = lam / V
 #                                           Var(eps|z) = t^2 lam / V
 #
-# The variances that remain (the risks) are the least squared errors that any network can reach.
+# The variances that remain (the risks) are the smallest errors that any network can reach.
 # Converted to errors of the velocity they are equal: Var(v|z) = Var(x|z) / (1 - t)^2. So targets do
 # not differ in what can be known. They differ in what has to come out of the network. Where lam is
 # small, E[x|z] is about 0, and E[v|z] is about -z / (1 - t), as large as the noise. The target x
@@ -455,7 +459,7 @@ class JLT(nn.Module):
 # Every setting is a flag of the command line. The defaults are the paper's run of JLT-B/1 on
 # ImageNet (section 4.1): 250,000 steps of 1,024 images.
 
-# What a model's name stands for, where it differs from B/1. B, L and H have 130, 458 and 951
+# What a model's name stands for, where it differs from B/1. B, L and H have 131, 458 and 951
 # million parameters; their micro-batches fit a GPU of 80 GB.
 MODELS = {
     "B/1": {},
@@ -502,9 +506,9 @@ def fixed_flags():
     add = parser.add_argument_group("what is learned (a run keeps these)").add_argument
     add("--target", default="x", choices=TARGETS, help="what the network predicts (%(default)s)")
     add("--loss", default="v", choices=TARGETS, help="take the error in x, eps or v (%(default)s)")
-    # The floor hardly matters in training, where t > 0.95 is rare. It matters in the last steps of
-    # sampling, where 1 - t is below it and the velocity comes out too small: 50 steps with a
-    # perfect x^ stop 1.7% of the way from eps to x before the end.
+    # In training 1 - t is rarely below the floor. In the last steps of sampling it is, and the
+    # velocity comes out too small: 50 steps with a perfect x^ stop 1.7% of the way from eps to x
+    # before the end.
     add("--t-eps", default=0.05, type=float, help="floor of the divisors 1 - t, t (%(default)s)")
     # Most times are below 1/2, where z_t does not tell yet which picture it becomes; 7% are above
     # 0.6.
@@ -547,7 +551,7 @@ def fixed_flags():
     # of some thousand steps needs 0.99 or 0.999.
     add("--ema", default=0.9999, type=float, help="decay of the averaged weights (%(default)s)")
     add("--seed", default=0, type=int, help="of weights, data order and noise (%(default)s)")
-    # The network has no table of positions: latents of 8 x 8 or 32 x 32 will do as well.
+    # Positions are computed (RoPE), not learned: weights of 16 x 16 latents fit 8 x 8 and 32 x 32.
     add("--init", metavar="NAME", help="start from a run, a checkpoint or a hub repository")
     # bfloat16 has float32's range: losses need no scaling.
     add("--precision", choices=("bf16", "fp32"), help="of matrix products (bf16 on cuda)")
@@ -680,8 +684,8 @@ def picks(n, config, step, m):
     image once. `flip`, half the time, asks for the latent of the mirrored picture, which a cache
     holds, too."""
     first = step * config.batch + m * config.micro_batch
-    positions = range(first, first + config.micro_batch)
-    indices = [int(epoch_order(n, config.seed, p // n)[p % n]) for p in positions]
+    shown = range(first, first + config.micro_batch)
+    indices = [int(epoch_order(n, config.seed, k // n)[k % n]) for k in shown]
     generator = rng(FLIPS, config.seed, step, m)
     flips = torch.rand(config.micro_batch, generator=generator) < 0.5
     return list(zip(indices, flips.tolist(), strict=True))
@@ -773,17 +777,16 @@ def train(config, trained=None):
         # For fixed shapes: the compiler takes a minute for each.
         loss_fn = torch.compile(flow_loss, dynamic=False)
     batches = micro_batches(run.data, config, run.step)
-    recent = []  # losses and norm of each step since the last line
+    recent = []  # of each step since the last line: times and losses (2, n), and the norm
     started = time.perf_counter()
     while run.step < config.steps:
-        # One step.
         lr = learning_rate(config, run.step, len(run.data))
         run.optimizer.param_groups[0]["lr"] = lr
-        losses = accumulate_gradients(run, loss_fn, batches)
+        made = accumulate_gradients(run, loss_fn, batches)
         sum_gradients(run.net)
         norm = update(run.net, run.ema, run.optimizer, config.ema)
         run.step += 1
-        recent.append((losses, norm))
+        recent.append((made, norm))
 
         # Once in a while: a line, a checkpoint, a picture. The first line comes at once, the
         # second soon. log() goes before the others: it stops the run if a loss is not finite.
@@ -903,7 +906,7 @@ def start_from(run, trained):
 
 
 def introduce(run, world):
-    """Prints what is going to happen."""
+    """Prints what is trained, on what, and from which step to which."""
     config = run.config
     print(
         f"{run.folder}: predicts {config.target}, {len(run.data):,} latents, batch "
@@ -1006,7 +1009,8 @@ def log(run, recent, lr, started):
 
 
 def check_finite(run, losses, norms):
-    """Raises Stop, naming the first bad step: no checkpoint is written after it."""
+    """Raises Stop, naming the first bad step (counted from 1): no checkpoint is written after
+    it."""
     bad = ~(losses.isfinite() & norms.isfinite())
     if bad.any():
         step = run.step - len(losses) + 1 + bad.tolist().index(True)
@@ -1221,7 +1225,9 @@ def class_label(word, trained):
     if name in names:
         return names.index(name)
     last = trained.net.num_classes - 1
-    message = f"--classes {word}: neither a number from 0 to {last} nor a name, as {names[:3]}"
+    message = (
+        f"--classes {word}: neither a number from 0 to {last} nor one of the names {names[:3]}"
+    )
     require(word.isdecimal() and int(word) <= last, message)
     return int(word)
 
@@ -1314,25 +1320,25 @@ def directions_for(fraction, lam):
     return int((held < fraction).sum()) + 1
 
 
-def tokens(latents):
-    """Latents (B, C, H, W) -> their positions (B * H * W, C), row by row."""
+def positions(latents):
+    """Latents (B, C, H, W) -> (B * H * W, C), row by row."""
     return latents.movedim(1, -1).flatten(0, 2)
 
 
 def spectrum(data):
-    """-> eigenvalues (C,) of the covariance of a cache's tokens, descending."""
+    """-> eigenvalues (C,) of the covariance of a cache's positions, descending."""
     from fid import Statistics  # here, since only this and the demo need fid.py
 
     statistics = Statistics(data.shape[0])
     for latents, _ in tqdm(DataLoader(data, batch_size=64), unit="x 64 latents"):
-        statistics.update(tokens(latents))
+        statistics.update(positions(latents))
     lam = torch.linalg.eigvalsh(torch.from_numpy(statistics.cov))
     # Rounding may leave an eigenvalue of 0 below it.
     return lam.flip(0).clamp(min=0)
 
 
 def geometry(config):
-    """--geometry: the spectrum of a cache's tokens, and what (3)-(6) make of it, as two tables."""
+    """--geometry: the spectrum of a cache's positions, and what (3)-(6) make of it: two tables."""
     if config.geometry == DEMO["data"]:
         encode.cache_digits(config.geometry)
     lam = spectrum(encode.LatentDataset(config.geometry))
@@ -1410,9 +1416,9 @@ def digit_statistics(judge, images):
 
 
 def low_variance(latents):
-    """-> variance in the 64 of 128 directions where digits have least: the codec's last channels,
-    since its directions are sorted by variance."""
-    return tokens(latents)[:, 64:].var(0).sum()
+    """-> variance in the 64 of 128 directions where digits have least. The codec is a PCA, scaled
+    as a whole: its channels are the directions, sorted by variance."""
+    return positions(latents)[:, 64:].var(0).sum()
 
 
 def demo(config):
@@ -1428,7 +1434,8 @@ def demo(config):
     encode.cache_digits(config.data)
     codec = encode.load_vae(f"{config.data}/codec.safetensors")
     n = 2000
-    # One half is the reference. The other is scored as samples are: nothing scores better.
+    # One half is the reference. The other is scored as samples are: a perfect sampler would score
+    # about as well.
     images, labels = encode.draw_digits(2 * n, seed=3)
     labels = labels[:n]  # of both halves: digit i is of class i % 10
     real_latents = encode.encode(codec, encode.to_float(images[n:]))
@@ -1457,7 +1464,7 @@ def demo(config):
     print(f"""
 loss: in training, over the last {config.log_every} steps.
 digit features: how far the samples are from held-out digits, as Frechet distance in the judge's
-  last layer but one; lower is better, and "real", other real digits, is the floor.
+  last layer but one; lower is better. A perfect sampler has about what "real" has, other digits.
 low directions: variance in those 64 of 128 directions where real digits have least, relative to
   theirs.
 read right: how many the judge reads as the digit that was asked for.

@@ -1366,7 +1366,7 @@ def test_the_spectrum_is_that_of_the_covariance_of_all_tokens():
     # Twelve of sixteen channels are copies: rounding may leave eigenvalues below 0.
     latents = normals(70, 4, 2, 2).repeat(1, 4, 1, 1)
     rows = latents.permute(0, 2, 3, 1).reshape(280, 16)
-    assert torch.equal(jlt.tokens(latents), rows)
+    assert torch.equal(jlt.positions(latents), rows)
     data = TensorDataset(latents, latents)
     data.shape = [16]
     lam = jlt.spectrum(data)

@@ -387,8 +387,8 @@ def save_shard(path, latents, latents_flip, labels):
 class LatentDataset(Dataset):
     """A folder of cached latents, made by encode.py or by the code that the paper's authors
     released. Item i is (latent (C, H, W) float32, label); item(i, flip=True) is that of the
-    mirrored image, where the cache has mirrored images. Raises Stop for a cache that is missing,
-    unfinished, damaged or mixed.
+    mirrored image or, where the cache has no mirrored images, of the image itself. Raises Stop for
+    a cache that is missing, unfinished, damaged or mixed.
 
     `shape` (C, H, W), `labels` (N,), `num_classes`, `class_names` (empty where they are not
     known), and `settings`, what encode.py wrote in settings.json."""

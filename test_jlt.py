@@ -139,6 +139,8 @@ def start_encoding(*arguments, launcher=()):
         start_new_session=True,
         cwd=Path(encode.__file__).parent,
         env=environment,
+        # A shell has what it starts in the background ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -1650,6 +1652,10 @@ def test_images_are_sampled_from_noise_of_their_number_as_the_settings_say(preci
     assert not latents.requires_grad
 
 
+# A shell may start pytest so that it ignores Ctrl-C. What it starts would ignore it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 # =============================================================== helpers of runs
 # The 12 classes as encode.py sorts folders, so that class 10 is the third. Three steps are an epoch
 # of 24 latents.
@@ -2287,7 +2293,7 @@ def published(prefix="net.", dtype=torch.float32, **changes):
     weights = {prefix + name: weight.to(dtype) for name, weight in random_weights().items()}
     weights[prefix + "mask_token"] = torch.ones(1, 1, 32, dtype=dtype)
     others = {name: -weight for name, weight in weights.items()}
-    fields = {"img_size": 32, "flow_matching": False, "t_eps": 0.07, "cfg": 4} | changes
+    fields = {"img_size": 32, "flow_matching": False, "t_eps": 0.07} | changes
     return {
         "model": others,
         "model_ema1": weights,
@@ -2411,3 +2417,19 @@ def test_the_demo_compares_x_and_v(cli, few_digits):
     _, again, _ = cli(jlt, *flags)
     assert again.count("from step 7 to 7") == 2
     assert all(line in again for line in table)
+
+
+# =============================================================== README
+def test_the_method_in_the_readme_runs_and_is_that_of_jlt():
+    readme = Path(jlt.__file__).with_name("README.md").read_text()
+    method = readme.split("```python\n")[1].split("```")[0]
+    exec(method, {})
+    for expression in (
+        "z = interpolate(x, eps, t)",
+        "v_hat = velocity(net(z, t, y), z, t, target, t_eps)",
+        "v = velocity(true_output(x, eps, target), z, t, target, t_eps)",
+        "error = (v_hat - v).square().mean((1, 2, 3))",
+        "v_without + cfg * (v - v_without)",
+    ):
+        assert expression in method
+        assert expression in inspect.getsource(jlt)

@@ -1816,7 +1816,6 @@ def start(run_cache, tmp_path):
         # The demo.
         ("--demo --model nano --steps 7", {"depth": 3, "steps": 7, "lr": 3e-3, "cooldown": 1}),
         # What follows from others.
-        ("--batch 600", {"micro_batch": 200}),
         ("--batch 512 --micro-batch 3", {"micro_batch": 2, "lr": 1e-4}),
         ("--hidden-size 32", {"num_heads": 1}),
         ("--hidden-size 256 --num-heads 2", {"num_heads": 2}),
@@ -2344,10 +2343,10 @@ NAN = torch.full((128,), torch.nan)
 
 
 class PickledFolder:
-    """Makes a folder when it is unpickled."""
+    """Prints when it is unpickled."""
 
     def __reduce__(self):
-        return os.mkdir, ("code_was_run",)
+        return print, ("this must not run",)
 
 
 def test_half_a_checkpoint_is_refused_and_left_alone(train, finished):
@@ -2372,8 +2371,9 @@ def test_anything_else_is_refused_and_runs_no_code(
 ):
     monkeypatch.chdir(tmp_path)
     torch.save(published() | change, "any.pth")
-    one_line(cli(jlt, "--sample", "any.pth", "--vae", digit_file, "--n", 1), words)
-    assert not Path("code_was_run").exists()
+    result = cli(jlt, "--sample", "any.pth", "--vae", digit_file, "--n", 1)
+    one_line(result, words)
+    assert "must not run" not in result[1]
     assert not list(tmp_path.rglob("*.png"))
 
 
@@ -2417,6 +2417,68 @@ def test_the_demo_compares_x_and_v(cli, few_digits):
     _, again, _ = cli(jlt, *flags)
     assert again.count("from step 7 to 7") == 2
     assert all(line in again for line in table)
+
+
+# =============================================================== --init
+@pytest.mark.parametrize(
+    "classes, kept",
+    [(NUMBERS, True), ([], True), (list("abcdefghijkl"), False), (["a", "b"], False)],
+)
+@pytest.mark.parametrize("layout", ["ours", "published"])
+def test_a_run_starts_from_the_average_of_another(
+    finished, latents, tmp_path, classes, kept, layout
+):
+    source, expected, settings = finished, checkpoint_of(finished)["ema"], ("v", 0.1, 2)
+    if layout == "published":
+        source, expected, settings = tmp_path / "any.pth", random_weights(), ("x", 0.07, 3)
+        torch.save(published(), source)
+        kept = False  # it has five classes
+    # Four times as many positions, which are computed.
+    cache = tmp_path / "new"
+    labels = LABELS % 2 if len(classes) == 2 else LABELS
+    write_latents(cache, latents.repeat(1, 1, 2, 2), labels, classes=classes)
+    flags = ["--init", source, "--data", cache, "--out", tmp_path / "from", "--device", "cpu"]
+    config, trained = jlt.read_flags([*map(str, flags)])
+    assert (config.target, config.t_eps, config.depth) == settings
+    run = jlt.begin(config, trained)
+    if not kept:
+        table = "y_embedder.embedding_table.weight"
+        expected[table] = expected[table][-1:].expand(run.data.num_classes + 1, -1)
+    for net in (run.net, run.ema):
+        torch.testing.assert_close(dict(net.state_dict()), dict(expected), rtol=0, atol=0)
+
+
+def test_a_run_that_started_from_another_continues_without_it(
+    cli, train, finished, run_cache, tmp_path
+):
+    train("--steps", 40)
+    flags = ["--init", finished, "--data", run_cache, "--batch", 8, "--log-every", 1]
+    flags += ["--lr", 0.01, "--workers", 0, "--device", "cpu", "--out"]
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    cli(jlt, *flags, once, "--steps", 4)
+    cli(jlt, *flags, twice, "--steps", 2)
+    shutil.rmtree(finished)
+    cli(jlt, *flags, twice, "--steps", 4)
+    assert_same_runs(once, twice)
+    # A new network's is 2.
+    assert 0 < log_of(once)[0]["loss"] < 1.9
+    one_line(cli(jlt, *flags, twice, "--depth", 3), "depth 2 (now 3)")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--init nowhere", "nowhere: no such run folder"),
+        ("--init {run} --depth 3", "the checkpoint decides depth"),
+        ("--init {run}", "does not fit"),
+        ("--init {run}/log.jsonl", "log.jsonl: damaged"),
+    ],
+)
+def test_what_cannot_start_a_run_is_one_line(cli, finished, latents, tmp_path, flags, words):
+    cache = write_latents(tmp_path / "narrow", latents[:, :64])
+    words_of = [*flags.format(run=finished).split(), "--data", cache, "--out", tmp_path / "new"]
+    one_line(cli(jlt, *words_of, "--device", "cpu"), words)
+    assert not (tmp_path / "new").exists()
 
 
 # =============================================================== README

@@ -555,9 +555,9 @@ def test_a_gpu_that_is_not_there_is_not_picked(monkeypatch):
 def test_digits_are_the_same_everywhere_and_of_all_classes_in_turn():
     images, labels = encode.draw_digits(12, seed=5)
     assert labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    # Across the first, in red.
-    row = images[0, 0, 12, 8:24:3].tolist()
-    assert row == pytest.approx([194, 67, 67, 67, 194, 67], abs=1)
+    # Across the eight, in blue: three edges of its stroke.
+    row = images[8, 2, 20, 12:20].tolist()
+    assert row == pytest.approx([134, 2, 2, 2, 2, 2, 38, 196], abs=1)
 
 
 def test_a_cache_of_digits_is_read_like_any_other(digits, codec):
@@ -1973,7 +1973,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train, nan_c
     [
         ("kill -9 -{group}", r"^$"),
         # As a terminal does with Ctrl-C.
-        ("kill -2 -{group}", r"jlt.py: interrupted\n$"),
+        ("kill -2 -{group}", r"^jlt.py: interrupted\n$"),
         ("kill -9 $(pgrep -P {group} | head -1)", r"killed|exited unexpectedly|EOFError"),
         ("rm {shard}", r"^jlt.py: {shard}: cannot be read \(.*\)\n$"),
     ],
@@ -1999,14 +1999,6 @@ def test_a_run_that_was_ended_continues_to_the_same_bits(
     assert f"from step {saved} to" in train("--steps", saved + 3)[1]
     train("--steps", saved + 3, out="whole")
     assert_same_runs(run, tmp_path / "whole")
-
-
-def test_an_error_in_a_step_ends_the_processes_that_read(start, latents, tmp_path):
-    cache = write_latents(tmp_path / "cache", latents, LABELS + 1, classes=["too", "few"])
-    process = start("--workers", 2, "--data", cache)
-    _, err = process.communicate(timeout=40)
-    assert process.returncode == 1
-    assert "index out of range" in err
 
 
 @pytest.mark.parametrize("name", jlt.FIXED)
@@ -2068,7 +2060,8 @@ def test_a_setting_that_an_older_version_did_not_know_has_its_default(train, fin
 # =============================================================== training: processes
 def test_two_processes_train_what_one_does_and_stop_together(train, start, nan_cache, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    flags = ["--data", nan_cache, "--save-every", 2, "--steps", 100]
+    # Each has readers, which must not keep it from ending.
+    flags = ["--data", nan_cache, "--save-every", 2, "--steps", 100, "--workers", 2]
     process = start(*flags, launcher=launcher)
     out, err = process.communicate(timeout=60)
     assert process.returncode

@@ -36,7 +36,7 @@ the paper's figures is open:
     JLT-B/1, revised in September        2.84     6.56
     JLT-L/1, revised in September        1.83     2.12
 
-    python jlt.py --demo                               # see it: digits, a minute, no data, no GPU
+    python jlt.py --demo                               # see it: digits, a minute or two, no data
     python encode.py imagenet/                         # once: pictures -> a cache, latents/
     python jlt.py --target x                           # the paper's run; --target v is its baseline
     python jlt.py --sample runs/B-1-x --classes 207 360      # or --n 50000, and fid.py scores them

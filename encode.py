@@ -76,7 +76,7 @@ def run_command(main):
         line = "interrupted"
     except torch.OutOfMemoryError:
         line = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)"
-    except ConnectionError:
+    except (ConnectionError, EOFError):
         line = "a process that reads was killed; fewer --workers need less memory"
     except (Stop, OSError) as error:
         line = " ".join(str(error).split())
@@ -665,7 +665,7 @@ class DigitCodec:
 
     def decode(self, latents):
         """The projection back: (B, 128, h, w) -> (B, 3, 16h, 16w)."""
-        latents = latents.cpu().float() * self.scale
+        latents = latents.cpu() * self.scale
         patches = torch.einsum("bdhw,cd->bchw", latents, self.basis) + self.mean
         return F.pixel_shuffle(patches, 16)
 

@@ -48,6 +48,9 @@ import encode
 import fid
 import jlt
 
+# A shell may start pytest so that it ignores Ctrl-C. What it starts would ignore it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 # =============================================================== for all
 @pytest.fixture
@@ -139,8 +142,6 @@ def start_encoding(*arguments, launcher=()):
         start_new_session=True,
         cwd=Path(encode.__file__).parent,
         env=environment,
-        # A shell has what it starts in the background ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -1653,10 +1654,6 @@ def test_images_are_sampled_from_noise_of_their_number_as_the_settings_say(preci
     assert not latents.requires_grad
 
 
-# A shell may start pytest so that it ignores Ctrl-C. What it starts would ignore it, too.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 # =============================================================== helpers of runs
 # The 12 classes as encode.py sorts folders, so that class 10 is the third. Three steps are an epoch
 # of 24 latents.
@@ -1975,7 +1972,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(train, nan_c
         ("kill -9 -{group}", r"^$"),
         # As a terminal does with Ctrl-C.
         ("kill -2 -{group}", r"^jlt.py: interrupted\n$"),
-        ("kill -9 $(pgrep -P {group} | head -1)", r"killed|exited unexpectedly"),
+        (
+            "kill -9 $(pgrep -P {group} | head -1)",
+            r"worker .* killed by signal|exited unexpectedly|that reads was killed",
+        ),
         ("rm {shard}", r"^jlt.py: {shard}: cannot be read \(.*\)\n$"),
     ],
 )
@@ -2336,7 +2336,7 @@ def test_without_a_network_a_line_says_how_to_fetch_it(cli):
 NAN = torch.full((128,), torch.nan)
 
 
-class PickledFolder:
+class PickledPrint:
     """Prints when it is unpickled."""
 
     def __reduce__(self):
@@ -2353,7 +2353,7 @@ def test_half_a_checkpoint_is_refused_and_left_alone(train, finished):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"optimizer": PickledFolder()}, "any.pth: damaged, or no checkpoint"),
+        ({"optimizer": PickledPrint()}, "any.pth: damaged, or no checkpoint"),
         ({"args": Namespace()}, "any.pth: holds no JLT"),
         ({"model_ema1": random_weights() | {"blocks.1.mlp.w3.bias": NAN}}, "holds no JLT"),
         ({"model_ema1": random_weights() | {"final_layer.linear.bias": NAN}}, "not finite"),
@@ -2432,7 +2432,7 @@ def test_a_run_starts_from_the_average_of_another(
     labels = LABELS % 2 if len(classes) == 2 else LABELS
     write_latents(cache, latents.repeat(1, 1, 2, 2), labels, classes=classes)
     flags = ["--init", source, "--data", cache, "--out", tmp_path / "from", "--device", "cpu"]
-    config, trained = jlt.read_flags([*map(str, flags)])
+    config, trained = jlt.read_flags(list(map(str, flags)))
     assert (config.target, config.t_eps, config.depth) == settings
     run = jlt.begin(config, trained)
     if not kept:
@@ -2470,8 +2470,8 @@ def test_a_run_that_started_from_another_continues_without_it(
 )
 def test_what_cannot_start_a_run_is_one_line(cli, finished, latents, tmp_path, flags, words):
     cache = write_latents(tmp_path / "narrow", latents[:, :64])
-    words_of = [*flags.format(run=finished).split(), "--data", cache, "--out", tmp_path / "new"]
-    one_line(cli(jlt, *words_of, "--device", "cpu"), words)
+    command = [*flags.format(run=finished).split(), "--data", cache, "--out", tmp_path / "new"]
+    one_line(cli(jlt, *command, "--device", "cpu"), words)
     assert not (tmp_path / "new").exists()
 
 

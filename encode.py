@@ -7,19 +7,28 @@
 Look at latents/reconstructions.png first: originals, and below each of them what its latent decodes
 to. Interrupted? The same command continues: finished shards stay.
 
+Pictures are turned as their EXIF data ask, and transparency is dropped, so that hidden pixels may
+show. Damage that Pillow does not see in a JPEG, and TIFFs of 16 bits that are stored in unusual
+ways, may give odd pictures without a word. A cache is one of file names: a picture that was
+replaced under its name is not encoded again.
+
 This file is also the ground that jlt.py and fid.py stand on. From top to bottom: mistakes, files
 and folders; pictures; the VAE; the cache; the command; and, for jlt.py's demo alone, drawn digits.
 """
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
+from collections import Counter
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,13 +37,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # The default VAE, under the Apache-2.0 licence, in the folder vae/ of this repository of the
 # Hugging Face hub.
 VAE = "black-forest-labs/FLUX.2-klein-4B"
+PATIENCE = 600  # seconds that one process waits for a file of another
 
 
 # =============================================================== mistakes, files and folders
@@ -54,7 +64,7 @@ def require(condition, line):
 
 
 @contextlib.contextmanager
-def explaining(what, advice):
+def stop_on_error(what, advice):
     """Makes a Stop of whatever goes wrong inside: Pillow, safetensors, torch.load and the hub each
     have errors of their own."""
     try:
@@ -68,43 +78,75 @@ def explaining(what, advice):
 
 def run_command(main):
     """Calls main(). A mistake or Ctrl-C becomes one line and exit status 1."""
-    # A terminal may lack the letters of a path; printing it must not end the program.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    # A terminal may lack the letters of a path; printing it must not end the program. (The output
+    # of a notebook has no such method, and all letters.)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
     except KeyboardInterrupt:
         line = "interrupted"
     except torch.OutOfMemoryError:
         line = "out of memory; lower --batch (encode.py) or --micro-batch (jlt.py)"
-    except (ConnectionError, EOFError):
-        line = "a process that reads was killed; fewer --workers need less memory"
+    except BrokenPipeError:
+        # Python writes what is left of the output when it ends, and would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        line = "nobody reads the output any more"
+    except (ConnectionError, EOFError, RuntimeError) as error:
+        # Neither torch nor Python has a class of its own for these.
+        killed = r"^$|Connection reset|DataLoader worker \(pid|shared memory|</torch_"
+        if not re.search(killed, str(error)):
+            raise
+        line = "a process that reads was killed, or had no memory: try fewer --workers"
+        line += ", or in Docker a larger --shm-size"
     except (Stop, OSError) as error:
         line = " ".join(str(error).split())
     sys.exit(f"{Path(sys.argv[0]).name}: {line}")
 
 
-def make_parser(description, parents=()):
-    """-> an ArgumentParser with the flags of others that prints a program's docstring as it is."""
+def make_parser(description):
+    """-> an ArgumentParser that prints a program's docstring as it is."""
     return argparse.ArgumentParser(
         description=description,
-        parents=parents,
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
-def positive(text):
-    """The type of a flag: a whole number above 0."""
+def natural(text):
+    """The type of a flag: a whole number, 0 or more."""
     number = int(text)
-    if number < 1:
+    if number < 0:
         raise ValueError
     return number
 
 
+def positive(text):
+    """The type of a flag: a whole number above 0."""
+    number = natural(text)
+    if number == 0:
+        raise ValueError
+    return number
+
+
+def full_path(text):
+    """The type of --vae: a path in full, so that it can be found from elsewhere; a repository as it
+    is."""
+    path = Path(text)
+    return str(path.resolve()) if path.exists() else text
+
+
 def processes():
-    """-> this process's number and how many there are, as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """-> this process's number and how many there are, as torchrun says; (0, 1) without it. Raises
+    Stop where half of it is said, as by some schedulers."""
+    rank = os.environ.get("RANK") or ""
+    world = os.environ.get("WORLD_SIZE") or ""
+    if not rank + world:
+        return 0, 1
+    fits = world.isdecimal() and rank in map(str, range(int(world)))
+    require(fits, f"RANK={rank} WORLD_SIZE={world}: start this with torchrun, or unset both")
+    return int(rank), int(world)
 
 
 def cores():
@@ -118,10 +160,10 @@ def pick_device(name=""):
     """cuda, cuda:1, mps, cpu, or "" for the best there is -> torch.device. Under torchrun every
     process has a GPU of its own. Raises Stop for a device that is not there."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with explaining(f"--device {name}", f"not on this machine, which has {best}"):
+    with stop_on_error(f"--device {name}", f"not on this machine, which has {best}"):
         device = torch.device(name or best)
         if device.type == "cuda":
-            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK") or 0))
             torch.cuda.set_device(device)
         torch.ones(1, device=device)
     return device
@@ -139,28 +181,40 @@ def ignore_interrupts(worker):
 def replacing(path):
     """Yields a temporary name that becomes `path` once the file is written: whoever reads `path`
     finds what was there before or all of the new file, also after a power cut. One process at a
-    time may write a path."""
+    time may write a path. Raises Stop if something goes wrong."""
     temporary = path.with_name(f".tmp.{path.name}")
-    yield temporary
-    with open(temporary, "rb+") as file:
-        os.fsync(file)
-    os.replace(temporary, path)
+    with stop_on_error(path, "cannot be written; is the disk full?"):
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file)
+        os.replace(temporary, path)
 
 
 def wait_for_files(paths):
-    """Until the other processes have written theirs."""
+    """Until the other processes have written theirs. Raises Stop if a file does not come: its
+    process may have ended, or write into the folder of another machine."""
     for path in paths:
+        started = time.monotonic()
         while not path.exists():
+            late = time.monotonic() > started + PATIENCE
+            require(not late, f"{path}: another process has not written it in {PATIENCE} seconds")
             time.sleep(0.1)
 
 
-def refuse_other_settings(folder, settings, defaults=None):
+def digest(content):
+    """-> sixteen letters that stand for bytes."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def claim_folder(folder, settings, defaults=None):
     """Makes a folder that says in settings.json what its files are made with, before the first of
     them is there. Later commands must have the same settings, whatever else is in it, so that
     nothing is mixed or overwritten: raises Stop, naming what differs. A setting that an older
-    version did not write down counts as its default."""
+    version did not write down counts as its default. Raises Stop also if the same command is at
+    work in the folder."""
     path = folder / "settings.json"
-    if processes()[0] == 0 and not path.exists():
+    rank, _ = processes()
+    if rank == 0 and not path.exists():
         foreign = any(folder.glob("[!.]*"))
         require(not foreign, f"{folder}: has files, but no settings.json; give another --out")
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,48 +229,57 @@ def refuse_other_settings(folder, settings, defaults=None):
     ]
     line = f"{folder}: made with other settings: {', '.join(changes)}; give another --out"
     require(not changes, line)
+    # Each process locks one byte, until it ends or closes the file, which it never does. Readers,
+    # its children, do not inherit such a lock (as they would flock's), and may outlive it.
+    with contextlib.suppress(OSError):  # a network drive may have no locks
+        try:
+            fcntl.lockf(os.open(path, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except BlockingIOError:
+            raise Stop(f"{folder}: another process writes here") from None
 
 
 def read_settings(folder):
     """-> what settings.json in a folder says; {} where there is none."""
     path = folder / "settings.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    with stop_on_error(path, "damaged; if this folder is of no use any more, delete it"):
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+def is_ours(folder):
+    """Whether a folder is a cache, a run, or samples of these programs. Others have files called
+    settings.json, too."""
+    path = folder / "settings.json"
+    ours = r'"(shards|latents|weights)": '  # of a cache, a run, samples
+    return path.is_file() and re.search(ours, path.read_text(errors="replace"))
 
 
 # =============================================================== pictures
-EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".ppm",
-    ".pgm",
-    ".tif",
-    ".tiff",
-    ".mpo",
-)
+ENDINGS = Image.registered_extensions()  # those that Pillow knows
 # Pillow refuses text and colour profiles above 1 MB in a PNG, whose pixels may be fine.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
-def list_images(folder, above=()):
-    """Sorted paths, relative to `folder`, of the image files in it and below it. Links to folders
-    are followed, unless they lead back to one of the folders `above`. Left out are folders of this
-    project's own files, such as a cache: they have a settings.json."""
+def ending(name):
+    """The ending of a file's name, in small letters; for a download a.jpg?size=large it is .jpg."""
+    return os.path.splitext(name.partition("?")[0])[1].lower()
+
+
+def list_files(folder, above=()):
+    """Sorted paths, relative to `folder`, of the files in it and below it. Links to folders are
+    followed, unless they lead back to one of the folders `above`. Left out are folders of this
+    project's own files, such as a cache."""
     place = os.path.realpath(folder)
-    if place in above or not folder.is_dir():
+    if place in above:
         return []
     found = []
     for path in folder.iterdir():
         # Left behind by editors, notebooks, network drives and Macs: nobody's pictures.
         if path.name.startswith((".", "@eaDir", "__MACOSX")):
             continue
-        if path.name.lower().endswith(EXTENSIONS):
+        if not path.is_dir():
             found.append(path.name)
-        elif not (path / "settings.json").exists():
-            found += [os.path.join(path.name, name) for name in list_images(path, (*above, place))]
+        elif not is_ours(path):
+            found += [os.path.join(path.name, name) for name in list_files(path, (*above, place))]
     return sorted(found)
 
 
@@ -224,6 +287,7 @@ def open_rgb(path, upright=False):
     """Any image file as an RGB PIL image: its first frame, transparency dropped, 16-bit grayscale
     scaled to 8 bits. `upright` turns it as its EXIF data asks. Raises Stop for other depths,
     of which nothing says what is white."""
+    require(os.path.isfile(path), "is no regular file")  # a pipe would be waited for
     with Image.open(path) as image:
         image.load()
         # Mode I of a PNG or PGM has 16 bits, that of a TIFF 32, or signs.
@@ -244,9 +308,7 @@ def open_rgb(path, upright=False):
 
 def center_crop(image, size):
     """PIL image -> its centre, size x size pixels. ADM's crop (guided-diffusion): halve with a box
-    filter while the short side is at least twice `size`, bicubic until it is `size`, cut out.
-    Raises Stop for a strip, which might be enlarged to gigabytes before it is cut."""
-    require(max(image.size) <= 50 * min(image.size), "a strip, over 50 times as long as wide")
+    filter while the short side is at least twice `size`, bicubic until it is `size`, cut out."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     image = ImageOps.scale(image, size / min(image.size), Image.BICUBIC)
@@ -314,6 +376,7 @@ class Flux2VAE:
         return self.autoencoder.decode(F.pixel_shuffle(latents, 2)).sample
 
 
+@lru_cache(1)  # once for all the pictures of a run
 def load_vae(name=VAE, device="cpu", compiled=False):
     """The VAE of a hub repository, or of a local folder that holds the weights, itself or in its
     vae/; or, from a file codec.safetensors, the DigitCodec of the demo (at the end of this file).
@@ -330,7 +393,7 @@ def load_vae(name=VAE, device="cpu", compiled=False):
         "no AutoencoderKLFlux2 there; to fetch one: "
         f"hf download {VAE} --include 'vae/*' --local-dir flux2, then --vae flux2"
     )
-    with explaining(f"--vae {name}", advice):
+    with stop_on_error(f"--vae {name}", advice):
         # Here, since the import takes seconds.
         from diffusers import AutoencoderKLFlux2, logging
         from huggingface_hub import snapshot_download
@@ -373,6 +436,10 @@ SHARD = 1024  # images in a file
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
+def shard_name(k):
+    return f"latents_{k:05d}.safetensors"
+
+
 def save_shard(path, latents, latents_flip, labels):
     """Writes latents, and those of the mirrored images, (N, C, H, W) as fp16; labels as int32."""
     tensors = {
@@ -381,29 +448,39 @@ def save_shard(path, latents, latents_flip, labels):
         "labels": labels.int(),
     }
     with replacing(path) as temporary:
-        save_file(tensors, temporary)
+        # Not save_file, which makes a file that nobody but its owner can read.
+        temporary.write_bytes(save(tensors))
 
 
 class LatentDataset(Dataset):
     """A folder of cached latents, made by encode.py or by the code that the paper's authors
-    released. Item i is (latent (C, H, W) float32, label); item(i, flip=True) is that of the
-    mirrored image or, where the cache has no mirrored images, of the image itself. Raises Stop for
-    a cache that is missing, unfinished, damaged or mixed.
+    released: data[i, flip] is latent i (C, H, W), in the precision of the file, and its label. With
+    `flip` it is the latent of the mirrored image or, where the cache has no mirrored images, of the
+    image itself. Raises Stop for a cache that is missing, unfinished, damaged or mixed.
+
+    Another program's cache is a folder of files latents_*.safetensors with `latents` (N, C, H, H),
+    of mean 0 and standard deviation 1, `labels` (N,) from 0 on and, if half of the latents shown
+    are to be mirrored, `latents_flip`.
 
     `shape` (C, H, W), `labels` (N,), `num_classes`, `class_names` (empty where they are not
     known), and `settings`, what encode.py wrote in settings.json."""
 
     def __init__(self, folder):
         folder = Path(folder)
-        self.paths = sorted(folder.glob("latents_*.safetensors"))
-        require(
-            self.paths,
-            f"{folder}: holds no latents_*.safetensors; encode.py IMAGES --out {folder} makes them",
-        )
+        there = {path.name for path in folder.glob("latents_*.safetensors")}
+        advice = f"encode.py IMAGES --out {folder} makes them"
+        require(there, f"{folder}: holds no latents_*.safetensors; {advice}")
         self.settings = read_settings(folder)
-        wanted = self.settings.get("shards", len(self.paths))
-        line = f"{folder}: {len(self.paths)} of {wanted} shards; the same encode.py command goes on"
-        require(len(self.paths) == wanted, line)
+        # Another program's files have other names, but none has the "(1)" or blank of a copy.
+        wanted = {name for name in there if re.fullmatch(r"[\w-]+\.safetensors", name)}
+        if "shards" in self.settings:
+            wanted = {shard_name(k) for k in range(self.settings["shards"])}
+        lacking = sorted(wanted - there)
+        surplus = sorted(there - wanted)
+        line = f"lacks {len(lacking)} of {len(wanted)} shards; the same encode.py command goes on"
+        require(not lacking, f"{folder}: {line}")
+        require(not surplus, f"{folder}: {surplus} do not belong to it; move them away")
+        self.paths = [folder / name for name in sorted(wanted)]
 
         labels, kinds, self.offsets = zip(*map(read_header, self.paths), strict=True)
         require(len(set(kinds)) == 1, f"{folder}: mixes latents of different shapes or types")
@@ -412,35 +489,40 @@ class LatentDataset(Dataset):
         self.labels = torch.cat(labels)
         require(len(self.labels), f"{folder}: holds no latents; was no image readable?")
         self.class_names = self.settings.get("classes", [])
-        self.num_classes = len(self.class_names) or int(self.labels.max()) + 1
+        low, high = self.labels.aminmax()
+        self.num_classes = len(self.class_names) or int(high) + 1
+        # Of the classes that have names, the first may have no picture that could be read.
+        fits = low == 0 or (low > 0 and self.class_names)
+        line = f"{folder}: labels are {low} to {high}, not 0 to {self.num_classes - 1}"
+        require(fits and high < self.num_classes, line)
 
     def __len__(self):
         return len(self.labels)
 
-    def read(self, i, flip=False):
-        """-> latent i (C, H, W) in the precision of the file."""
+    def __getitem__(self, pick):
+        i, flip = pick
         shard = np.searchsorted(self.starts, i, side="right") - 1
         path = self.paths[shard]
         size = math.prod(self.shape) * self.dtype.itemsize
         # Read, not mapped: a page fault would fetch the disk's whole read-ahead, up to 8 MB, for
         # these 64 KB.
-        with explaining(path, "cannot be read"), open(path, "rb", buffering=0) as file:
+        with stop_on_error(path, "cannot be read"), open(path, "rb", buffering=0) as file:
             file.seek(self.offsets[shard][flip] + int(i - self.starts[shard]) * size)
             data = bytearray(file.read(size))
-            return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+            latent = torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+        return latent, self.labels[i]
 
-    def item(self, i, flip=False):
-        """-> latent i (C, H, W) float32, label."""
-        return self.read(i, flip).float(), int(self.labels[i])
-
-    __getitem__ = item
+    def some(self, most=512):
+        """-> up to so many latents (N, C, H, W) float32, spread over all."""
+        numbers = range(0, len(self), math.ceil(len(self) / most))
+        return torch.stack([self[i, False][0].float() for i in numbers])
 
 
 def read_header(path):
     """-> labels (n,); channels, height, width and type of a latent; and where in the file latents
     and those of the mirrored images begin. Raises Stop for a file of anything else."""
     advice = "no shard of square latents (N, C, H, H) and labels (N,); delete it and encode again"
-    with explaining(path, advice):
+    with stop_on_error(path, advice):
         # safetensors checks that the header fits the file's length, but does not tell where in the
         # file a tensor begins. A file is: the header's length in 8 bytes, the header, tensors.
         with safe_open(path, "pt") as file:
@@ -463,7 +545,8 @@ class Photos(Dataset):
 
     def __init__(self, folder, size):
         for root in (Path(folder) / "train", Path(folder)):
-            names = [name for name in list_images(root) if os.sep in name]
+            files = list_files(root) if root.is_dir() else []
+            names = [name for name in files if os.sep in name and ending(name) in ENDINGS]
             if names:
                 break
         require(names, f"{folder}: no images in class folders; arrange them as CLASS/image.jpg")
@@ -471,6 +554,7 @@ class Photos(Dataset):
         self.root = root
         self.names = names
         self.classes = sorted({name.split(os.sep)[0] for name in names})
+        self.others = Counter(ending(name) for name in set(files) - set(names))
 
     def __len__(self):
         return len(self.names)
@@ -482,7 +566,8 @@ class Photos(Dataset):
             image = center_crop(open_rgb(self.root / name, upright=True), self.size)
             return from_pil(image), self.classes.index(name.split(os.sep)[0])
         except Exception as error:
-            # Pillow raises whatever the file's bytes lead it to.
+            # Pillow raises whatever the file's bytes lead it to. What the drive says has a number.
+            require(not getattr(error, "errno", None), f"{self.root / name}: {error}")
             print(f"skipped {name!a}: {error}", file=sys.stderr)
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1
 
@@ -520,13 +605,16 @@ def encode_shards(vae, photos, shards, workers):
 def summarize(folder, files):
     """Says what a finished cache holds of so many files."""
     data = LatentDataset(folder)
-    some = range(0, len(data), len(data) // 512 + 1)
-    std, mean = torch.std_mean(torch.stack([data[i][0] for i in some]), (0, 2, 3))  # (C,)
+    std, mean = torch.std_mean(data.some(), (0, 2, 3))  # (C,)
     print(
         f"{folder}: {len(data):,} images and their mirror images; {files - len(data)} files "
         f"skipped; channel means {mean.min():.2f} to {mean.max():.2f}, standard deviations "
         f"{std.min():.2f} to {std.max():.2f} (FLUX.2's: about 0 and 1)"
     )
+    there = set(data.labels.tolist())
+    empty = [name for label, name in enumerate(data.class_names) if label not in there]
+    if empty:
+        print(f"no picture could be read in the classes {empty}")
 
 
 def read_flags():
@@ -535,12 +623,19 @@ def read_flags():
     add = parser.add_argument
     add("images", help="folder of class folders; its train/ is used where it holds some")
     add("--out", default="latents", type=Path, help="folder of the cache (%(default)s)")
-    add("--vae", default=VAE, help="hub repository or folder of a VAE (%(default)s)")
+    add(
+        "--vae", default=VAE, type=full_path, help="hub repository or folder of a VAE (%(default)s)"
+    )
     add("--size", default=256, type=positive, help="side of the crop in pixels (%(default)s)")
     add("--batch", default=32, type=positive, help="images at a time, with mirrors (%(default)s)")
-    # Under torchrun the processes share the cores.
-    share = cores() // processes()[1]
-    add("--workers", default=share, type=int, help="processes that read images (%(default)s here)")
+    # Under torchrun the processes of a machine share its cores.
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    add(
+        "--workers",
+        default=share,
+        type=natural,
+        help="processes that read images (%(default)s here)",
+    )
     add("--device", default="", help="cuda, mps or cpu (the best there is)")
     return parser.parse_args()
 
@@ -552,7 +647,7 @@ def main():
     if rank == 0:
         print(
             f"{photos.root}: {len(photos):,} files, {len(photos.classes)} classes, "
-            f"{photos.classes[:5]} ...",
+            f"{photos.classes[:5]} ...; other files: {dict(photos.others)}",
             flush=True,
         )
     device = pick_device(args.device)
@@ -561,11 +656,11 @@ def main():
     require(args.size % vae.pixels == 0, f"--size {args.size}: no multiple of {vae.pixels}")
     # A batch is of one shard: whatever is missing, a picture is encoded beside the same others.
     shards = {
-        args.out / f"latents_{k:05d}.safetensors": numbers.split(args.batch)
+        args.out / shard_name(k): numbers.split(args.batch)
         for k, numbers in enumerate(torch.arange(len(photos)).split(SHARD))
     }
     # A cache of other pictures, or by another VAE, is not added to.
-    refuse_other_settings(
+    claim_folder(
         args.out,
         {
             "vae": args.vae,
@@ -674,11 +769,11 @@ def cache_digits(folder, n=10_000):
     """Writes n digits as a cache like any other, with their codec, unless they are there."""
     folder = Path(folder)
     codec_file = folder / "codec.safetensors"
-    shard = folder / "latents_00000.safetensors"
+    shard = folder / shard_name(0)
     if shard.exists():
         return
     settings = {"vae": str(codec_file.resolve()), "shards": 1, "classes": list("0123456789")}
-    refuse_other_settings(folder, settings)
+    claim_folder(folder, settings)
     images, labels = draw_digits(n, seed=1)
     images = to_float(images)
     patches = F.pixel_unshuffle(images, 16).movedim(1, -1).flatten(0, 2)  # (4n, 768)
@@ -689,7 +784,7 @@ def cache_digits(folder, n=10_000):
         "scale": values[-128:].mean().sqrt(),
     }
     with replacing(codec_file) as temporary:
-        save_file(codec, temporary)
+        temporary.write_bytes(save(codec))
     latents = DigitCodec(**codec).encode(images)
     # A mirrored 3 is no digit: both are the picture as it is.
     save_shard(shard, latents, latents, labels)

@@ -15,7 +15,8 @@ whose statistics ADM (Dhariwal & Nichol 2021) has published.
     python fid.py samples/ in256.npz
 
 Pictures are a folder, searched recursively, or an npz whose arr_0 is uint8 (N, H, W, 3), which is
-loaded whole. They are scored as they are; --size crops those of folders, as encode.py does.
+loaded whole. They are scored as they are stored; --size turns and crops those of folders, as
+encode.py does.
 """
 
 import math
@@ -33,11 +34,12 @@ from torch import nn
 from tqdm import tqdm
 
 from encode import (
+    ENDINGS,
     Stop,
     center_crop,
     cores,
-    explaining,
-    list_images,
+    ending,
+    list_files,
     make_parser,
     open_rgb,
     pick_device,
@@ -45,6 +47,7 @@ from encode import (
     replacing,
     require,
     run_command,
+    stop_on_error,
 )
 
 # torch.hub compares the digits at the end of the name with the file's sha256.
@@ -343,7 +346,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(FEATURES, CLASSES)
 
         advice = f"no Inception weights; fetch {URL} and name the file with --weights"
-        with explaining(weights or WEIGHTS, advice):
+        with stop_on_error(weights or WEIGHTS, advice):
             if weights:
                 state = torch.load(weights, map_location="cpu", weights_only=True)
             else:
@@ -387,7 +390,7 @@ class FolderImages:
     def __init__(self, folder, size):
         self.folder = folder
         self.size = size
-        self.names = list_images(folder)
+        self.names = [name for name in list_files(folder) if ending(name) in ENDINGS]
 
     def __len__(self):
         return len(self.names)
@@ -395,7 +398,8 @@ class FolderImages:
     def __getitem__(self, i):
         path = self.folder / self.names[i]
         try:
-            image = open_rgb(path)
+            # Where encode.py's crop is asked for, pictures are turned as it turns them, too.
+            image = open_rgb(path, upright=bool(self.size))
             if self.size:
                 image = center_crop(image, self.size)
         except Exception as error:
@@ -410,7 +414,7 @@ def open_images(path, size):
     if path.is_dir():
         images = FolderImages(path, size)
     else:
-        with explaining(path, WANTED), np.load(path, allow_pickle=False) as file:
+        with stop_on_error(path, WANTED), np.load(path, allow_pickle=False) as file:
             require("arr_0" in file, f"{path}: has no arr_0; a file of statistics goes second")
             images = file["arr_0"]
         fits = images.dtype == np.uint8 and images.shape[3:] == (3,)
@@ -427,7 +431,7 @@ def read_statistics(path):
     also holds some of its images, which are not read: mu and sigma are of all of them."""
     if path.is_dir():
         return None
-    with explaining(path, WANTED), np.load(path, allow_pickle=False) as file:
+    with stop_on_error(path, WANTED), np.load(path, allow_pickle=False) as file:
         prefix = "ref_" if "ref_mu" in file else ""
         if prefix + "mu" not in file:
             return None
@@ -436,6 +440,7 @@ def read_statistics(path):
         n = int(file["n"]) if "n" in file else None
     fits = mean.shape == (FEATURES,) and cov.shape == (FEATURES, FEATURES)
     require(fits, f"{path}: mu {mean.shape} and sigma {cov.shape} are not of {FEATURES} features")
+    require(np.isfinite(mean.sum() + cov.sum()), f"{path}: mu or sigma hold NaN or infinity")
     return SimpleNamespace(mean=mean, cov=cov, n=n)
 
 
@@ -524,9 +529,6 @@ def main():
         # First: photographs, more often than samples, are of several sizes and thus refused.
         reference, _ = measure(net, photos, args.reference)
     statistics, logits = measure(net, samples, args.samples)
-    if args.save:
-        save_statistics(args.save, statistics)
-
     score, deviation = inception_score(logits)
     line = f"Inception Score {score:.2f} +- {deviation:.2f} | n = {statistics.n} ({args.samples})"
     smaller = statistics.n
@@ -540,7 +542,10 @@ def main():
             f"{smaller:,} images: scores of fewer than 50,000 are biased, compare at equal n only; "
             "up to 2,048 the covariance is singular"
         )
-    print(line)
+    print(line, flush=True)
+    # Last: a disk that is full costs no score.
+    if args.save:
+        save_statistics(args.save, statistics)
 
 
 if __name__ == "__main__":

@@ -665,7 +665,7 @@ def main():
         {
             "vae": args.vae,
             "size": args.size,
-            "files": hashlib.sha256(repr(photos.names).encode()).hexdigest(),
+            "files": digest(repr(photos.names).encode()),
             "shards": len(shards),
             "classes": photos.classes,
         },

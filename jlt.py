@@ -29,8 +29,8 @@ noise. Asked for x, the network answers 0 and may forget the noise: the formula 
 Asked for v, it answers -z_t / (1 - t), about -eps: it has to carry the noise from its input to its
 output.
 
-The paper trains both, with everything else equal. FID-50K on ImageNet 256 x 256, the distance of
-50,000 guided samples from real pictures; lower is better:
+The paper trains both, it says with everything else equal. FID-50K on ImageNet 256 x 256, the
+distance of 50,000 guided samples from real pictures; lower is better:
 
                                                        x       v
     B/1, 131 million parameters, paper of May 2026     2.56    6.56
@@ -73,6 +73,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -935,10 +936,11 @@ def begin(config):
     if checkpoint.exists():
         resume(run)
     if dist.is_initialized():
-        steps = [None] * world
-        dist.all_gather_object(steps, run.step)
-        message = f"{run.folder}: its processes find it at steps {sorted(set(steps))}; it has to be"
-        require(len(set(steps)) == 1, f"{message} one folder, that all of them see")
+        steps = torch.zeros(world, device=config.device)
+        steps[rank] = run.step
+        dist.all_reduce(steps)
+        message = f"{run.folder}: its processes find it at steps {steps.tolist()}; it has to be"
+        require((steps == run.step).all(), f"{message} one folder, that all of them see")
     if rank == 0:
         std, mean = torch.std_mean(data.some())
         print(
@@ -1077,7 +1079,8 @@ def save_checkpoint(run):
         "log": run.rows,
     }
     with replacing(run.folder / "ckpt.pt") as temporary:
-        torch.save(state, temporary)
+        # From the host's memory, so that the file asks for no GPU when it is read.
+        torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, state), temporary)
 
 
 def save_picture(run):

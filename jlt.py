@@ -1362,14 +1362,12 @@ def geometry(config):
 # The method on a toy: 10,000 drawn digits of 32 x 32 pixels. A linear codec turns each
 # into 2 x 2 positions of 128 channels (encode.py draws and encodes them). Two networks are trained,
 # one for x and one for v, alike in everything else. Both make digits from the same noise, and a
-# judge compares their digits with real ones.
-# The settings are those of MODELS["demo"].
+# judge compares their digits with real ones. The settings are those of MODELS["demo"].
 
 
 def digit_judge(images, labels, steps=250):
     """The demo's Inception: a classifier, trained in seconds on digits uint8 (N, 3, 32, 32). It
     takes images (B, 3, 32, 32) in [-1, 1] and gives logits (B, 10)."""
-
     torch.manual_seed(0)
     layers = []
     for c_in, c_out in ((3, 16), (16, 32), (32, 64)):  # each about halves the size
@@ -1405,8 +1403,7 @@ def demo(config, n=2000):
     same weights, data order and noise. Prints a table of n digits each, and makes a picture."""
     from fid import frechet_distance
 
-    # Matrices this small gain little from a second thread, and beside another program two threads
-    # spend their time waiting for each other.
+    # Beside another program, two threads on matrices this small mostly wait for each other.
     torch.set_num_threads(1)
     if (Path(config.out) / "v/ckpt.pt").exists():
         print(f"{config.out}: goes on with the networks that are there")

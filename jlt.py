@@ -333,7 +333,7 @@ class Attention(nn.Module):
 
     def forward(self, h, cos, sin):
         # (B, N, heads, head_dim) each. They stay so in memory, and the fast kernels of attention
-        # put out what they are given, so that the flatten below copies nothing.
+        # keep the order of what they are given, so that the flatten below copies nothing.
         q, k, value = self.qkv(h).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         # In float32, so that they are rounded to bfloat16 again in rotate only, not in the norm.
         q = rotate(self.q_norm(q.float()), cos, sin, value.dtype).transpose(1, 2)
@@ -464,10 +464,10 @@ class JLT(nn.Module):
 
 
 # =============================================================== training
-# One step: the gradients of a batch, added up over its micro-batches, so that any batch fits into
-# memory; AdamW; and the average of the weights, with which we sample. Under torchrun the processes
-# share the micro-batches, of which each has at least one. They add up their gradients and all make
-# the same update. The first process alone prints and writes.
+# One step: the gradients of a batch, added up over its micro-batches, so that a large batch fits
+# into memory; AdamW; and the average of the weights, with which we sample. Under torchrun the
+# processes share the micro-batches, of which each has at least one. They add up their gradients and
+# all make the same update. The first process alone prints and writes.
 
 
 @dataclass
@@ -616,7 +616,8 @@ def update(net, ema, optimizer, decay):
 
 def sum_gradients(net):
     """Adds up the gradients of all processes, as one vector: one message instead of hundreds. Since
-    `train` divides by the count of all micro-batches, the sum is right however they are shared."""
+    `train` divides by the count of all micro-batches, the sum is right however they are shared, up
+    to rounding."""
     if dist.is_initialized():
         gradients = [p.grad for p in net.parameters()]
         flat = nn.utils.parameters_to_vector(gradients)

@@ -2650,6 +2650,11 @@ def test_the_demo_compares_x_and_v(cli, small_demo, monkeypatch):
     # Two rows of each, with names at the left.
     rows = pixels_of("runs/demo/demo.png").reshape(3, 192, 170 + 960, 3)
     assert rows[:, :, :170].min((1, 2, 3)).max() < 100
+    notebook = Path(jlt.__file__).with_name("assets") / "experiments.md"
+    from_python = r"Ten digits from a run:\n\n```python\n(.*?)```"
+    (snippet,) = re.findall(from_python, notebook.read_text(), re.DOTALL)
+    exec(snippet, {})
+    assert pixels_of("digits.png").shape == (32, 320, 3)
     _, again, _ = cli(jlt, *small_demo)
     assert again.count("from step 40 to 40") == 2
     assert "goes on with the networks" in again and "goes on with" not in out

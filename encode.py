@@ -261,7 +261,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 def ending(name):
     """The ending of a file's name, in small letters; for a download a.jpg?size=large it is .jpg."""
-    return os.path.splitext(name.partition("?")[0])[1].lower()
+    return os.path.splitext(os.path.basename(name).partition("?")[0])[1].lower()
 
 
 def list_files(folder, above=()):

@@ -300,7 +300,7 @@ def test_files_are_listed_through_links_which_may_lead_back(tmp_path):
 
 
 def test_pictures_are_what_pillow_knows_and_other_files_are_counted(tmp_path):
-    touch(tmp_path, "a/1.jfif a/2.jpe b/3.avif b/4.jp2 b/5.TGA b/6.mpo c/7.jpg?size=large")
+    touch(tmp_path, "a/1.jfif a/2.jpe b/3.avif b/4.jp2 b/5.TGA why?/6.mpo c/7.jpg?size=large")
     touch(tmp_path, "a/1.mp4 a/2.txt b/3.TXT notes readme.txt")
     photos = encode.Photos(tmp_path, 32)
     assert len(photos) == 7

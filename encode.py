@@ -54,7 +54,7 @@ class Stop(ValueError):
     def __init__(self, line):
         # A DataLoader hands on what its reader processes raise as a traceback with the line at
         # its end.
-        super().__init__(line.rpartition("encode.Stop: ")[2])
+        super().__init__(line.rpartition("Stop: ")[2])
 
 
 def require(condition, line):
@@ -82,6 +82,10 @@ def run_command(main):
     # of a notebook has no such method, and all letters.)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    killed = (
+        "a process that reads was killed, or had no memory: try fewer --workers, or in Docker a "
+        "larger --shm-size"
+    )
     try:
         return main()
     except KeyboardInterrupt:
@@ -92,13 +96,13 @@ def run_command(main):
         # Python writes what is left of the output when it ends, and would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         line = "nobody reads the output any more"
-    except (ConnectionError, EOFError, RuntimeError) as error:
-        # Neither torch nor Python has a class of its own for these.
-        killed = r"^$|Connection reset|DataLoader worker \(pid|shared memory|</torch_"
-        if not re.search(killed, str(error)):
+    except (ConnectionError, EOFError):  # the pipe from a reader broke
+        line = killed
+    except RuntimeError as error:
+        # torch has no class of its own for a reader that is killed, or for shared memory.
+        if not re.search(r"DataLoader worker \(pid|</torch_", str(error)):
             raise
-        line = "a process that reads was killed, or had no memory: try fewer --workers"
-        line += ", or in Docker a larger --shm-size"
+        line = killed
     except (Stop, OSError) as error:
         line = " ".join(str(error).split())
     sys.exit(f"{Path(sys.argv[0]).name}: {line}")
@@ -218,6 +222,7 @@ def claim_folder(folder, settings, defaults=None):
         foreign = any(folder.glob("[!.]*"))
         require(not foreign, f"{folder}: has files, but no settings.json; give another --out")
         folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1))
     wait_for_files([path])
@@ -229,11 +234,19 @@ def claim_folder(folder, settings, defaults=None):
     ]
     line = f"{folder}: made with other settings: {', '.join(changes)}; give another --out"
     require(not changes, line)
-    # Each process locks one byte, until it ends or closes the file, which it never does. Readers,
-    # its children, do not inherit such a lock (as they would flock's), and may outlive it.
+    lock(folder)
+
+
+def lock(folder):
+    """Lets no other process of this one's number write into a folder, until this one ends. Raises
+    Stop if there is one."""
+    rank, _ = processes()
+    # A byte for each process, and a file that stays open. Readers, its children, do not inherit
+    # such a lock (as they would flock's), and may outlive it.
     with contextlib.suppress(OSError):  # a network drive may have no locks
+        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(os.open(path, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         except BlockingIOError:
             raise Stop(f"{folder}: another process writes here") from None
 
@@ -285,13 +298,15 @@ def list_files(folder, above=()):
 
 def open_rgb(path, upright=False):
     """Any image file as an RGB PIL image: its first frame, transparency dropped, 16-bit grayscale
-    scaled to 8 bits. `upright` turns it as its EXIF data asks. Raises Stop for other depths,
-    of which nothing says what is white."""
+    scaled to 8 bits. `upright` turns it as its EXIF data asks. Raises Stop for other depths, of
+    which nothing says what is white."""
     require(os.path.isfile(path), "is no regular file")  # a pipe would be waited for
     with Image.open(path) as image:
         image.load()
-        # Mode I of a PNG or PGM has 16 bits, that of a TIFF 32, or signs.
-        known = image.format != "TIFF" or image.mode not in ("I", "F")
+        # Mode I of a PNG or PGM has 16 bits; that of other files, such as TIFF, 32, or signs.
+        known = image.mode not in ("I", "F") or (
+            image.mode == "I" and image.format in ("PNG", "PPM")
+        )
         require(known, "has float, signed or 32-bit pixels; convert it to 8 or 16 bits")
         if upright:
             # Damaged EXIF data costs the turn, not the picture.
@@ -388,7 +403,8 @@ def load_vae(name=VAE, device="cpu", compiled=False):
 
     `compiled`: for many images of one shape; at the first of them it takes a minute or two."""
     if str(name).endswith("codec.safetensors"):
-        return DigitCodec(**load_file(name))
+        with stop_on_error(f"--vae {name}", "no codec of digits"):
+            return DigitCodec(**load_file(name))
     advice = (
         "no AutoencoderKLFlux2 there; to fetch one: "
         f"hf download {VAE} --include 'vae/*' --local-dir flux2, then --vae flux2"
@@ -589,17 +605,18 @@ def encode_shards(vae, photos, shards, workers):
             photos, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_interrupts
         )
     )
-    bar = tqdm(total=sum(map(len, batches)), unit="image", disable=processes()[0] > 0)
-    for path, shard in shards.items():
-        parts = []
-        for _ in shard:
-            images, labels = next(arriving)  # uint8 (B, 3, S, S), (B,)
-            x = to_float(images.to(vae.device))
-            latents, flipped = encode(vae, torch.cat([x, x.flip(-1)])).cpu().chunk(2)
-            readable = labels >= 0
-            parts.append((latents[readable], flipped[readable], labels[readable]))
-            bar.update(len(images))
-        save_shard(path, *map(torch.cat, zip(*parts, strict=True)))
+    count = sum(map(len, batches))
+    with tqdm(total=count, unit="image", disable=processes()[0] > 0) as bar:
+        for path, shard in shards.items():
+            parts = []
+            for _ in shard:
+                images, labels = next(arriving)  # uint8 (B, 3, S, S), (B,)
+                x = to_float(images.to(vae.device))
+                latents, flipped = encode(vae, torch.cat([x, x.flip(-1)])).cpu().chunk(2)
+                readable = labels >= 0
+                parts.append((latents[readable], flipped[readable], labels[readable]))
+                bar.update(len(images))
+            save_shard(path, *map(torch.cat, zip(*parts, strict=True)))
 
 
 def summarize(folder, files):

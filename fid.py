@@ -542,7 +542,7 @@ def main():
             f"{smaller:,} images: scores of fewer than 50,000 are biased, compare at equal n only; "
             "up to 2,048 the covariance is singular"
         )
-    print(line, flush=True)
+    print(line)
     # Last: a disk that is full costs no score.
     if args.save:
         save_statistics(args.save, statistics)

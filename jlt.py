@@ -46,7 +46,7 @@ it. Why x is ahead there is not known; assets/experiments.md tells what we tried
     python jlt.py --target x                           # the paper's run; --target v is its baseline
     python jlt.py --sample runs/B-1-x --classes 207 360      # or --n 50000, and fid.py scores them
 
-    torchrun --nproc-per-node 8 jlt.py --target x      # on eight GPUs
+    torchrun --nproc-per-node 8 -- jlt.py --target x   # on eight GPUs
 
 Interrupted? The same command continues. Latents of another autoencoder: see encode.py's
 LatentDataset.
@@ -78,7 +78,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import encode
-from encode import Stop, positive, processes, replacing, require, stop_on_error  # see part two
+from encode import Stop, natural, positive, processes, replacing, require, stop_on_error  # part two
 
 # #################################################################
 # Part one: the paper
@@ -726,12 +726,7 @@ def fixed_flags(parser):
     add("--cooldown", default=0.0, type=float, help="share of steps where it falls (%(default)s)")
     # 0.9999 averages over 10,000 steps; a run of some thousand needs 0.99 or 0.999.
     add("--ema", default=0.9999, type=float, help="decay of the averaged weights (%(default)s)")
-    add(
-        "--seed",
-        default=0,
-        type=encode.natural,
-        help="of weights, data order and noise (%(default)s)",
-    )
+    add("--seed", default=0, type=natural, help="of weights, data order and noise (%(default)s)")
     add("--init", metavar="NAME", help="start from the weights of a run, checkpoint, repository")
     add("--precision", choices=("bf16", "fp32"), help="of matrix products (bf16 on cuda)")
 
@@ -749,11 +744,7 @@ def sampling_flags(parser):
         metavar=("LOW", "HIGH"),
         help="guidance is on where low < t < high (%(default)s)",
     )
-    add(
-        "--vae",
-        type=encode.full_path,
-        help="the decoder: a hub repository or a folder (the VAE of the latents)",
-    )
+    add("--vae", type=encode.full_path, help="the decoder: a repository or folder (the latents')")
 
 
 def free_flags(parser):
@@ -772,17 +763,9 @@ def free_flags(parser):
     # A kill costs the steps since the last checkpoint: at step 1,234, the last 234.
     add("--save-every", default=1000, type=positive, help="between checkpoints (%(default)s)")
     add(
-        "--sample-every",
-        default=10_000,
-        type=encode.natural,
-        help="between pictures; 0: no (%(default)s)",
+        "--sample-every", default=10_000, type=natural, help="between pictures; 0: no (%(default)s)"
     )
-    add(
-        "--workers",
-        default=4,
-        type=encode.natural,
-        help="processes that read latents (%(default)s)",
-    )
+    add("--workers", default=4, type=natural, help="processes that read latents (%(default)s)")
     add("--device", default="", help="cuda, mps or cpu (the best there is)")
 
 
@@ -832,9 +815,7 @@ def read_flags(arguments=None):
     else:
         _, world = processes()
         share = config.batch // world
-        require(
-            share, f"--batch {config.batch}: has fewer images than there are processes, {world}"
-        )
+        require(share, f"--batch {config.batch}: fewer images than there are processes, {world}")
         config.micro_batch = min(config.micro_batch, share)
         while config.batch % config.micro_batch:
             config.micro_batch -= 1
@@ -1014,13 +995,15 @@ def log(run, seen, norms, lr, started):
     of this process's images, `norms` (steps,) the norms of the summed gradient. All processes call
     this. Raises Stop for a loss that is not finite."""
     t, losses = seen
-    # Ten bins: the loss by t shows at which noise one target is learned better.
+    # Here the host waits for the GPU. Ten bins: the loss by t shows at which noise one target is
+    # learned better.
     bins = (10 * t).long().clamp(max=9)
-    weights = (losses, torch.ones_like(losses))
-    by_time = torch.stack([torch.bincount(bins, weight, 10) for weight in weights])
+    sums = torch.bincount(bins, losses, 10)
+    counts = torch.bincount(bins, torch.ones_like(losses), 10)
+    by_time = torch.stack([sums, counts])
     if dist.is_initialized():
         dist.all_reduce(by_time)
-    sums, counts = by_time.tolist()  # here the host waits for the GPU
+    sums, counts = by_time.tolist()
     loss = sum(sums) / sum(counts)
     # No checkpoint is written after a bad step.
     first = run.step - len(norms) + 1

@@ -45,6 +45,8 @@ from tqdm import tqdm
 # Hugging Face hub.
 VAE = "black-forest-labs/FLUX.2-klein-4B"
 PATIENCE = 600  # seconds that one process waits for a file of another
+# Of torch's errors, which are all of one class: a reader was killed, or found no shared memory.
+KILLED = r"DataLoader worker \(pid|</torch_"
 
 
 # =============================================================== mistakes, files and folders
@@ -72,6 +74,9 @@ def stop_on_error(what, advice):
     except (Stop, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        # That a reader was killed is raised wherever the main process is at the time.
+        if re.search(KILLED, str(error)):
+            raise
         reason = str(error).split(". ")[0][:200] or type(error).__name__
         raise Stop(f"{what}: {advice} ({reason})") from None
 
@@ -99,8 +104,7 @@ def run_command(main):
     except (ConnectionError, EOFError):  # the pipe from a reader broke
         line = killed
     except RuntimeError as error:
-        # torch has no class of its own for a reader that is killed, or for shared memory.
-        if not re.search(r"DataLoader worker \(pid|</torch_", str(error)):
+        if not re.search(KILLED, str(error)):
             raise
         line = killed
     except (Stop, OSError) as error:

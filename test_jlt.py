@@ -787,9 +787,15 @@ def test_a_closed_output_is_one_line_and_a_notebooks_is_no_error(monkeypatch):
         (encode.Stop("b: of another kind"), "^b: of another kind$"),
     ],
 )
-def test_reading_explains_what_went_wrong(error, line):
+def test_it_is_explained_what_went_wrong(error, line):
     with pytest.raises(encode.Stop, match=line), encode.stop_on_error("a", "no zip"):
         raise error
+
+
+def test_a_killed_reader_is_no_trouble_of_the_file_at_hand():
+    killed = RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError), encode.stop_on_error("log.jsonl", "cannot be written"):
+        raise killed
 
 
 def test_a_gpu_that_is_not_there_is_not_picked(monkeypatch):

@@ -198,6 +198,13 @@ def replacing(path):
         os.replace(temporary, path)
 
 
+def save_tensors(path, tensors, about=None):
+    """Writes a safetensors file, with `about` {name: text} in its header. (Not by save_file, whose
+    files nobody but their owner can read.)"""
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(tensors, about))
+
+
 def wait_for_files(paths):
     """Until the other processes have written theirs. Raises Stop if a file does not come: its
     process may have ended, or write into the folder of another machine."""
@@ -279,6 +286,11 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 def ending(name):
     """The ending of a file's name, in small letters; for a download a.jpg?size=large it is .jpg."""
     return os.path.splitext(os.path.basename(name).partition("?")[0])[1].lower()
+
+
+def is_picture(name):
+    """Whether a file's name ends as one of a kind that Pillow knows."""
+    return ending(name) in ENDINGS
 
 
 def list_files(folder, above=()):
@@ -467,9 +479,7 @@ def save_shard(path, latents, latents_flip, labels):
         "latents_flip": latents_flip.half().contiguous(),
         "labels": labels.int(),
     }
-    with replacing(path) as temporary:
-        # Not save_file, which makes a file that nobody but its owner can read.
-        temporary.write_bytes(save(tensors))
+    save_tensors(path, tensors)
 
 
 class LatentDataset(Dataset):
@@ -566,7 +576,7 @@ class Photos(Dataset):
     def __init__(self, folder, size):
         for root in (Path(folder) / "train", Path(folder)):
             files = list_files(root) if root.is_dir() else []
-            names = [name for name in files if os.sep in name and ending(name) in ENDINGS]
+            names = [name for name in files if os.sep in name and is_picture(name)]
             if names:
                 break
         require(names, f"{folder}: no images in class folders; arrange them as CLASS/image.jpg")
@@ -804,8 +814,7 @@ def cache_digits(folder, n=10_000):
         "basis": vectors[:, -128:].flip(1).contiguous(),
         "scale": values[-128:].mean().sqrt(),
     }
-    with replacing(codec_file) as temporary:
-        temporary.write_bytes(save(codec))
+    save_tensors(codec_file, codec)
     latents = DigitCodec(**codec).encode(images)
     # A mirrored 3 is no digit: both are the picture as it is.
     save_shard(shard, latents, latents, labels)

@@ -34,11 +34,10 @@ from torch import nn
 from tqdm import tqdm
 
 from encode import (
-    ENDINGS,
     Stop,
     center_crop,
     cores,
-    ending,
+    is_picture,
     list_files,
     make_parser,
     open_rgb,
@@ -390,7 +389,7 @@ class FolderImages:
     def __init__(self, folder, size):
         self.folder = folder
         self.size = size
-        self.names = [name for name in list_files(folder) if ending(name) in ENDINGS]
+        self.names = [name for name in list_files(folder) if is_picture(name)]
 
     def __len__(self):
         return len(self.names)

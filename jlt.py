@@ -72,7 +72,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -1053,9 +1053,7 @@ def save_checkpoint(run):
     ema = run.ema.state_dict()
     # In this order: a run that is killed between the two continues from the older ckpt.pt, and
     # writes both again.
-    with replacing(run.folder / "ema.safetensors") as temporary:
-        # Not save_file, which makes a file that nobody but its owner can read.
-        temporary.write_bytes(save(ema, {"jlt": json.dumps(about)}))
+    encode.save_tensors(run.folder / "ema.safetensors", ema, {"jlt": json.dumps(about)})
     state = about | {
         "model": run.net.state_dict(),
         "ema": ema,
